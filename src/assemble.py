@@ -1,0 +1,110 @@
+"""From a configuration to data, networks, method and trainer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from src.config import build
+from src.data.image_data import ImageData
+from src.distiller import Distiller
+from src.errors import UserError
+from src.methods.method import Method, Networks
+from src.models.network import Network
+from src.serialization import Serialization
+from src.teacher import Teacher
+
+
+class Parts(NamedTuple):
+    """What is trained: made before any teacher is looked for, so that bad options end early."""
+
+    student: Network
+    method: Method
+    serialization: Serialization
+
+
+def make_data(cfg: DictConfig) -> ImageData:
+    """The data module, with its arrays loaded."""
+    data = hydra.utils.instantiate(cfg.data, batch_size=cfg.schedule.batch_size, seed=cfg.seed)
+    data.load()
+    return data
+
+
+def make_network(node: DictConfig, group: str, num_classes: int) -> Network:
+    """A network with fresh weights."""
+    return build(node, group, num_classes=num_classes)
+
+
+def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
+    """Student, method and serialization; the student depends on the seed alone, whatever the method.
+
+    Raises `UserError` where serialization has no logit term to act on.
+    """
+    torch.manual_seed(cfg.seed)
+    student = make_network(cfg.model.student, "model.student", data.num_classes)
+    method = build(cfg.method, "method")
+    serialization = build(cfg.serialization, "serialization")
+    if type(serialization) is not Serialization and not method.distils_logits:
+        raise UserError(
+            f"method={cfg.method.name} has no logit term that a serialization could act on: add serialization=none."
+        )
+    data.views = method.views
+    return Parts(student, method, serialization)
+
+
+def make_distiller(
+    cfg: DictConfig,
+    data: ImageData,
+    parts: Parts,
+    teacher: Teacher | None,
+    teacher_predictions: Mapping[str, Tensor],
+) -> Distiller:
+    """The LightningModule; method and serialization are built in the sizes of the networks."""
+    student, method, serialization = parts
+    torch.manual_seed(cfg.seed)
+    serialization.build(student)
+    method.build(
+        Networks(
+            student=student,
+            teacher=teacher,
+            image_shape=data.image_shape,
+            train_size=len(data.arrays.train_labels),
+            new_student=lambda: make_network(cfg.model.student, "model.student", data.num_classes),
+        )
+    )
+    return Distiller(
+        student=student,
+        method=method,
+        serialization=serialization,
+        teacher=teacher,
+        teacher_predictions=teacher_predictions,
+        num_classes=data.num_classes,
+        mean=cfg.data.mean,
+        std=cfg.data.std,
+        learning_rate=cfg.schedule.learning_rate,
+        optimizer=hydra.utils.instantiate(cfg.schedule.optimizer),
+        scheduler=hydra.utils.instantiate(cfg.schedule.scheduler),
+        interval=cfg.schedule.interval,
+        validates_on=data.validates_on,
+        seed=cfg.seed,
+        channels_last=cfg.channels_last,
+    )
+
+
+def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
+    """Lightning's Trainer as configured. Raises `UserError` where the machine lacks the device."""
+    try:
+        return hydra.utils.instantiate(cfg.trainer, **overrides)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"This trainer cannot be had here ({cause}): try trainer=auto.") from error
+
+
+def make_logger(cfg: DictConfig, folder: Path) -> Any:
+    """The configured logger, or False."""
+    return build(cfg.logger, "logger", folder=folder) if cfg.logger else False

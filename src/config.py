@@ -1,0 +1,161 @@
+"""The typed part of the configuration, its resolvers, and how its nodes become objects."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import hydra
+import pydantic
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.errors import UserError
+
+FACTS = {"_target_", "_partial_", "name", "pairs", "learning_rate", "published_accuracy"}
+"""Keys of a node that describe it and are no arguments of what it builds."""
+
+
+@dataclass
+class Data:
+    """A source of images and how they are fed."""
+
+    name: str = MISSING
+    prepare: Any = MISSING
+    root: str = "${oc.env:AEKT_DATA,data}"
+    path: str | None = None
+    mean: list[float] = MISSING
+    std: list[float] = MISSING
+    padding: int = MISSING
+    flip: bool = MISSING
+    train_size: int | None = None
+    val_size: int = 0
+    split_seed: int = 0
+    workers: int = 0
+    _target_: str = "src.data.image_data.ImageData"
+
+
+@dataclass
+class Schedule:
+    """How long and with which optimiser."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    learning_rate: float = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    interval: str = MISSING
+    distillation_warmup: float = MISSING
+
+
+@dataclass
+class Teacher:
+    """Where the teacher comes from."""
+
+    path: str | None = None
+    store: str = "teachers"
+    train_if_missing: bool = True
+    seed: int = 0
+    method: Any = MISSING
+    serialization: Any = MISSING
+
+
+@dataclass
+class Train:
+    """`conf/train.yaml`; groups that are left open here are checked by what they build."""
+
+    data: Data = field(default_factory=Data)
+    model: Any = MISSING
+    method: Any = MISSING
+    serialization: Any = MISSING
+    schedule: Schedule = field(default_factory=Schedule)
+    teacher: Teacher = field(default_factory=Teacher)
+    trainer: Any = MISSING
+    logger: Any = None
+    seed: int = 0
+    channels_last: bool = True
+    runs: str = "runs"
+    start_over: bool = False
+
+
+def _scaled(epoch: int, of: int, epochs: int) -> int:
+    """An epoch of a published schedule of `of` epochs, at the same fraction of `epochs`."""
+    return round(epoch * epochs / of)
+
+
+OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+OmegaConf.register_new_resolver("terminal", lambda: sys.stderr.isatty(), replace=True)
+ConfigStore.instance().store("train_schema", Train)
+
+
+def build(node: DictConfig, group: str, **arguments: Any) -> Any:
+    """Call a node's `_target_` with its keys and `arguments`, after checking the types that its signature states.
+
+    Raises `UserError` where a value has the wrong type, naming the option.
+    """
+    target = hydra.utils.get_object(node._target_)
+    options = {key: value for key, value in OmegaConf.to_container(node, resolve=True).items() if key not in FACTS}
+    hints = _argument_types(target)
+    for key, value in options.items():
+        if key not in hints:
+            raise UserError(f"{group}.{key}={value} is no option of {node._target_}; it knows {', '.join(hints)}.")
+        try:
+            options[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise UserError(f"{group}.{key}={value} does not fit: {problem[0].lower()}{problem[1:]}.") from None
+    return target(**options, **arguments)
+
+
+def _argument_types(target: Any) -> dict[str, Any]:
+    """Names and types of the keyword arguments, those of the base classes too."""
+    if not isinstance(target, type):
+        return get_type_hints(target)
+    hints: dict[str, Any] = {}
+    for cls in reversed(target.__mro__):
+        if cls.__module__.startswith("src.") and "__init__" in vars(cls):
+            hints |= get_type_hints(cls.__init__)
+    return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run a command; what the user can mend ends in one sentence and exit code 1 instead of a traceback."""
+    _quiet()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {_first_sentence(error)}")
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            f"error: {error.strerror or error}{where}; what a run had saved before is kept, the same command resumes."
+        )
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says at every start and nobody can act upon; let Hydra pass errors on."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "does not have many workers",
+        "treespec, LeafSpec",
+        "[Cc]heckpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Hydra's message without the stack of contexts behind it."""
+    cause = error.__cause__ if error.__cause__ is not None else error
+    lines = [line.strip() for text in dict.fromkeys([str(error), str(cause)]) for line in text.splitlines()]
+    kept = [
+        line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type", "Set the"))
+    ]
+    return "; ".join(dict.fromkeys(kept)) + "; see `--help` for what there is."

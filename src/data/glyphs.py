@@ -1,0 +1,93 @@
+"""The embedded data: 62 characters rendered from the fonts that ship inside matplotlib, no download.
+
+Digits and Latin letters, 32 x 32 pixels in colour, with real look-alikes (O and 0, l and I and 1, c and C), which only
+size and details tell apart. Training and test images come from different font families.
+"""
+
+import string
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from src.data.arrays import save_arrays
+
+CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
+FONTS = {
+    "train": tuple(
+        f"{family}{style}"
+        for family, styles in {
+            "DejaVuSans": ("", "-Bold", "-Oblique", "-BoldOblique"),
+            "DejaVuSansMono": ("", "-Bold", "-Oblique", "-BoldOblique"),
+            "DejaVuSerif": ("", "-Bold", "-Italic", "-BoldItalic"),
+            "STIXGeneral": ("", "Bol", "Italic", "BolIta"),
+        }.items()
+        for style in styles
+    ),
+    "test": ("cmr10", "cmb10", "cmti10", "cmss10", "cmtt10"),
+}
+"""DejaVu and STIX against Computer Modern; matplotlib's other fonts hold symbols where letters belong."""
+CANVAS, SIZE, BASELINE = 64, 32, 48
+VERSION = 1
+
+
+def glyphs(root: Path) -> Path:
+    """The array file of 200 training and 50 test images a class in `root`, made where it is missing (some seconds)."""
+    file = root / f"glyphs-v{VERSION}.npz"
+    if not file.is_file():
+        save_arrays(file, class_names=np.array(list(CLASSES)), **draw_split("train", 200), **draw_split("test", 50))
+    return file
+
+
+def draw_split(split: str, count: int) -> dict[str, np.ndarray]:
+    """`count` images of each class in the split's fonts, the same in every call."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts = [ImageFont.truetype(folder / f"{name}.ttf", 52) for name in FONTS[split]]
+    labels = np.tile(np.arange(len(CLASSES), dtype=np.uint8), count)
+    images = np.stack(
+        [draw(label, fonts, np.random.default_rng((split == "test", i))) for i, label in enumerate(labels)]
+    )
+    return {f"{split}_images": images, f"{split}_labels": labels}
+
+
+def draw(label: int, fonts: list[ImageFont.FreeTypeFont], random: np.random.Generator) -> np.ndarray:
+    """One character, uint8 [32, 32, 3]: any font, slant, size and place, on an uneven ground with stray strokes."""
+    shape = _character(CLASSES[label], fonts[random.integers(len(fonts))], random)
+    ground, ink = _colours(random)
+    slope = np.linspace(-1, 1, SIZE)
+    light = 1 + random.uniform(-0.25, 0.25) * slope[:, None] + random.uniform(-0.25, 0.25) * slope[None, :]
+    picture = ground + (ink - ground) * shape[:, :, None]
+    picture = picture * light[:, :, None] + random.normal(0, random.uniform(2, 14), (SIZE, SIZE, 1))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def _character(character: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> np.ndarray:
+    """The share of ink in each pixel, [32, 32] in 0 .. 1."""
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((CANVAS / 2, BASELINE), character, fill=255, font=font, anchor="ms")
+    for _ in range(random.integers(3)):
+        stroke = [tuple(float(v) for v in point) for point in random.uniform(-10, CANVAS + 10, (2, 2))]
+        pen.line(stroke, fill=int(random.integers(60, 160)), width=int(random.integers(1, 4)))
+    canvas = canvas.transform((CANVAS, CANVAS), Image.Transform.AFFINE, _placement(random), Image.Resampling.BILINEAR)
+    canvas = canvas.filter(ImageFilter.GaussianBlur(random.uniform(0.2, 1.7)))
+    return np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64) / 255
+
+
+def _placement(random: np.random.Generator) -> tuple[float, ...]:
+    """The affine map from the picture back to the canvas: turned, slanted, scaled and shifted about the middle."""
+    angle, slant = np.radians(random.uniform(-14, 14)), random.uniform(-0.2, 0.2)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = turn @ np.array([[1, slant], [0, 1]]) / random.uniform(0.85, 1.15, 2)
+    middle = CANVAS / 2
+    shift = middle - matrix @ (np.array([middle, middle]) + random.uniform(-5, 5, 2))
+    return (*matrix[0], shift[0], *matrix[1], shift[1])
+
+
+def _colours(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Ground and ink, RGB in 0 .. 255, whose brightness differs enough to read."""
+    while True:
+        ground, ink = random.uniform(0, 255, (2, 3))
+        if abs(float((ground - ink) @ (0.299, 0.587, 0.114))) > 55:
+            return ground, ink

@@ -1,0 +1,247 @@
+"""The DataModule: images in memory, batches that are a function of (seed, epoch, batch), views made on the device."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from src.data.arrays import ImageArrays, load_arrays
+from src.data.views import crop_and_flip, epoch_order, random_bits
+from src.errors import UserError
+
+SPLIT_STREAM = 1 << 20
+
+
+class Samples(NamedTuple):
+    """A batch on its way to the networks; the networks normalise, each in its own way."""
+
+    images: tuple[Tensor, ...]
+    """A uint8 [B, 3, H, W] for each view."""
+    target: Tensor
+    """[B] int64"""
+    index: Tensor
+    """[B] int64: the position in the training arrays, or in the split that is evaluated."""
+
+
+class BatchReader(Dataset[Samples]):
+    """Gathers whole batches from arrays in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
+        self.images, self.labels, self.index = images, labels, index
+
+    def __len__(self) -> int:
+        return len(self.labels) if self.index is None else len(self.index)
+
+    def __getitems__(self, positions: list[int]) -> Samples:
+        """The batch at these positions of the split."""
+        index = torch.tensor(positions)
+        rows = index if self.index is None else self.index[index]
+        return Samples((self.images[rows],), self.labels[rows], index)
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of positions 0 .. size - 1 as a function of (seed, epoch): every device takes its share of each global
+    batch.
+
+    Shuffled (training): the last batch keeps a multiple of the number of devices. In order (evaluation): every
+    position once over all devices.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int | None,
+        index: Tensor | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.index = size, batch_size, seed, index
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        self.sampler = self  # where Lightning looks for set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning tells the epoch before each pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        kept = self.size - self.size % self.world_size if self.seed is not None else self.size
+        return -(-kept // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.arange(self.size) if self.seed is None else epoch_order(self.seed, self.epoch, self.size)
+        rows = order if self.index is None else self.index[order]
+        for batch in rows.split(self.batch_size):
+            if self.seed is not None:
+                batch = batch[: len(batch) - len(batch) % self.world_size]
+            if share := batch[self.rank :: self.world_size].tolist():
+                yield share
+
+
+class ImageData(L.LightningDataModule):
+    """Any image data that fits into memory, from one array file.
+
+    `prepare` makes the file in `root` where it is missing; `path` names a ready one instead. `train_size` keeps a
+    stratified part of the training images, `val_size` holds some out, both drawn by `split_seed`. `batch_size` is
+    global.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        prepare: Callable[[Path], Path],
+        root: str,
+        path: str | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: int,
+        flip: bool,
+        train_size: int | None,
+        val_size: int,
+        split_seed: int,
+        workers: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.name, self.prepare_file, self.root, self.path = name, prepare, root, path
+        self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
+        self.train_size, self.val_size, self.split_seed = train_size, val_size, split_seed
+        self.workers, self.batch_size, self.seed = workers, batch_size, seed
+        self.views = 1
+        """How many views of each image the method asks for."""
+
+    def load(self) -> None:
+        """Read the arrays and draw the splits. Raises `UserError` where the file or a size does not serve."""
+        file = Path(self.path).expanduser() if self.path else self.prepare_file(Path(self.root).expanduser())
+        self.arrays: ImageArrays = load_arrays(file)
+        labels = self.arrays.train_labels
+        self.val_index = stratified(labels, torch.arange(len(labels)), self.val_size, self.split_seed, "data.val_size")
+        kept = torch.ones(len(labels), dtype=torch.bool)
+        kept[self.val_index] = False
+        rest = kept.nonzero()[:, 0]
+        size = len(rest) if self.train_size is None else self.train_size
+        self.train_index = stratified(labels, rest, size, self.split_seed, "data.train_size")
+        if not len(self.train_index):
+            raise UserError("No training images are left: lower data.val_size or raise data.train_size.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.arrays.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class."""
+        return self.arrays.class_names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        _, height, width = self.arrays.train_images.shape[1:]
+        return 3, height, width
+
+    @property
+    def validates_on(self) -> Literal["val", "test"]:
+        """The split that is scored every epoch: the test set only where no training images are held out."""
+        return "val" if self.val_size else "test"
+
+    @property
+    def val_digest(self) -> str:
+        """Which training images are held out."""
+        return hashlib.sha256(self.val_index.numpy().tobytes()).hexdigest()[:8]
+
+    def split_size(self, split: str) -> int:
+        """Number of images in `val` or `test`."""
+        return len(self.val_index if split == "val" else self.arrays.test_labels)
+
+    def train_dataloader(self) -> DataLoader[Samples]:
+        """Shuffled batches of this device's share."""
+        rank, world_size = self._place()
+        if self.batch_size % world_size:
+            raise UserError(
+                f"schedule.batch_size={self.batch_size} is global and does not divide by {world_size} devices."
+            )
+        batches = EpochBatches(
+            len(self.train_index),
+            self.batch_size,
+            seed=self.seed,
+            index=self.train_index,
+            rank=rank,
+            world_size=world_size,
+        )
+        return self._loader(BatchReader(self.arrays.train_images, self.arrays.train_labels), batches)
+
+    def val_dataloader(self) -> DataLoader[Samples]:
+        """The split that `validates_on` names."""
+        return self.evaluation_loader(self.validates_on, *self._place())
+
+    def test_dataloader(self) -> DataLoader[Samples]:
+        """The test set."""
+        return self.evaluation_loader("test", *self._place())
+
+    def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> DataLoader[Samples]:
+        """`val` or `test` in order, every image once over all devices."""
+        if split == "val":
+            reader = BatchReader(self.arrays.train_images, self.arrays.train_labels, self.val_index)
+        else:
+            reader = BatchReader(self.arrays.test_images, self.arrays.test_labels)
+        return self._loader(reader, EpochBatches(len(reader), 500, seed=None, rank=rank, world_size=world_size))
+
+    def on_after_batch_transfer(self, batch: Samples, dataloader_idx: int) -> Samples:
+        """On the device: training images become views, evaluation images stay."""
+        assert self.trainer is not None
+        return self.augment(batch, self.trainer.current_epoch) if self.trainer.training else batch
+
+    def augment(self, batch: Samples, epoch: int) -> Samples:
+        """The views of an epoch."""
+        (images,) = batch.images
+        views = (
+            crop_and_flip(
+                images, batch.index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip, view=view
+            )
+            for view in range(self.views)
+        )
+        return batch._replace(images=tuple(views))
+
+    def _loader(self, reader: BatchReader, batches: EpochBatches) -> DataLoader[Samples]:
+        return DataLoader(
+            reader,
+            batch_sampler=batches,
+            collate_fn=_as_it_is,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _as_it_is(batch: Samples) -> Samples:
+    return batch
+
+
+def stratified(labels: Tensor, candidates: Tensor, size: int, seed: int, option: str) -> Tensor:
+    """`size` of the candidate positions, sorted, with the classes in the proportions of the candidates (to the
+    nearest).
+
+    Raises `UserError` in the name of `option` where there are not so many, or fewer than one a class.
+    """
+    classes = labels[candidates].unique()
+    if not 0 <= size <= len(candidates) or 0 < size < len(classes):
+        raise UserError(f"{option}={size} does not fit: there are {len(candidates)} images of {len(classes)} classes.")
+    shuffled = candidates[torch.argsort(random_bits(seed, 0, candidates, SPLIT_STREAM))]
+    rank_in_class = torch.empty(len(shuffled), dtype=torch.float64)
+    for label in classes:
+        places = (labels[shuffled] == label).nonzero()[:, 0]
+        rank_in_class[places] = (torch.arange(len(places), dtype=torch.float64) + 0.5) / len(places)
+    return shuffled[torch.argsort(rank_in_class, stable=True)[:size]].sort().values

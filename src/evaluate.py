@@ -1,0 +1,127 @@
+"""`python -m src.evaluate`: score a run folder or a checkpoint again. `--help` is the guide."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from src.assemble import make_data, make_distiller, make_network, make_parts, make_trainer
+from src.config import Train, run_command
+from src.data.image_data import ImageData
+from src.distiller import Distiller
+from src.errors import UserError
+from src.models.checkpoints import load_weights
+from src.run import last_checkpoint, needs_teacher, read_json
+from src.teacher import Answers, Teacher, answers_file
+
+TOLERANCE = 2e-3
+"""Another processor rounds otherwise; on the same one the difference is 0."""
+TRUSTED = ("src.", "torch.optim.", "lightning.Trainer")
+
+
+def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """Test scores as measured now, and as the run reported them (empty for a bare checkpoint)."""
+    if (cfg.run is None) == (cfg.checkpoint is None):
+        raise UserError(
+            "Give one of run=FOLDER (a run folder) and checkpoint=FILE (with network@model.student=... and data=...)."
+        )
+    if cfg.run is None:
+        return evaluate_checkpoint(cfg), {}
+    folder = Path(cfg.run).expanduser()
+    reported = read_json(folder / "result.json")["test"] if (folder / "result.json").is_file() else {}
+    run_cfg = read_config(folder, cfg.data.root, cfg.data.path)
+    run_cfg.trainer.accelerator = cfg.trainer.accelerator
+    return test(run_cfg, *load_run(folder, run_cfg)), reported
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> dict[str, float]:
+    """Scores of a checkpoint of any known format as the configured student."""
+    data = make_data(cfg)
+    parts = make_parts(cfg, data)
+    load_weights(parts.student, Path(cfg.checkpoint).expanduser())
+    return test(cfg, make_distiller(cfg, data, parts, None, {}), data)
+
+
+def read_config(folder: Path, data_root: str, data_path: str | None = None) -> DictConfig:
+    """A run's configuration, for one device of this machine and its data.
+
+    Raises `UserError` where it is missing, or names something to call that is not this project's.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml.")
+    run_cfg: Any = OmegaConf.merge(OmegaConf.structured(Train), OmegaConf.load(file))
+    for target in targets(OmegaConf.to_container(run_cfg)):
+        if not str(target).startswith(TRUSTED):
+            raise UserError(f"{file} wants to call {target}, which is not this project's: refused.")
+    run_cfg.trainer |= {"accelerator": "auto", "devices": 1, "strategy": "auto"}
+    run_cfg.data.root = data_root
+    run_cfg.data.path = data_path or run_cfg.data.path
+    return run_cfg
+
+
+def targets(node: Any) -> list[Any]:
+    """Every `_target_` below a node."""
+    if isinstance(node, list):
+        return [target for item in node for target in targets(item)]
+    if not isinstance(node, dict):
+        return []
+    return [node["_target_"]] * ("_target_" in node) + [t for value in node.values() for t in targets(value)]
+
+
+def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
+    """A run's module with its last weights, and the teacher's stored answers: the teacher itself lends only its sizes."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoints/last.ckpt: nothing to evaluate.")
+    data = make_data(cfg)
+    parts = make_parts(cfg, data)
+    teacher, predictions = None, {}
+    if needs_teacher(cfg):
+        network = make_network(cfg.model.teacher, "model.teacher", data.num_classes)
+        teacher = Teacher(network, cfg.data.mean, cfg.data.std)
+        digest = read_json(folder / "run.json")["teacher"]["sha256"]
+        answers = Answers.load(answers_file(cfg, folder.parents[3], digest, data, "test"))
+        predictions = {"test": answers.predictions(data.split_size("test"))} if answers else {}
+    distiller = make_distiller(cfg, data, parts, teacher, predictions)
+    try:
+        distiller.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint} does not fit the networks of {folder / 'config.yaml'}: {error}") from None
+    return distiller, data
+
+
+def test(cfg: DictConfig, distiller: Distiller, data: ImageData) -> dict[str, float]:
+    """Scores on the test set by the configured trainer."""
+    trainer = make_trainer(cfg, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    measured = trainer.test(distiller, datamodule=data, verbose=False)[0]
+    return {name.removeprefix("test/"): value for name, value in measured.items() if name.startswith("test/")}
+
+
+def show(measured: dict[str, float], reported: dict[str, float]) -> None:
+    """A table of both."""
+    table = Table("test set", "measured now", *(["reported by the run"] if reported else []))
+    for name, value in measured.items():
+        told = [f"{reported[name]:.6f}" if name in reported else "-"] if reported else []
+        table.add_row(name, f"{value:.6f}", *told)
+    Console().print(table)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Print the scores; a run that reported something else is an error."""
+    measured, reported = evaluate(cfg)
+    show(measured, reported)
+    wrong = [name for name, value in measured.items() if abs(value - reported.get(name, value)) > TOLERANCE]
+    if wrong:
+        raise UserError(f"This differs from what the run reported: {', '.join(wrong)}.")
+    if reported:
+        print("Agrees with what the run reported.")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,48 @@
+"""Lightning's loggers, pointed at a run folder."""
+
+import logging
+import os
+from pathlib import Path
+
+import wandb
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+log = logging.getLogger(__name__)
+
+
+def wandb_logger(folder: Path, project: str) -> WandbLogger:
+    """W&B under the run folder's own id, so that a resumed run goes on in the same chart.
+
+    Online where a key is at hand and the server answers, offline otherwise; it never prompts.
+    """
+    name = "/".join(folder.parts[-4:])
+    arguments = {
+        "project": project,
+        "name": name,
+        "id": name.replace("/", "-"),
+        "group": folder.parent.parent.name,
+        "save_dir": str(folder),
+        "resume": "allow",
+    }
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and wandb.api.api_key:
+        logger = WandbLogger(**arguments, settings=wandb.Settings(init_timeout=20, silent=True))
+        try:
+            _ = logger.experiment
+        except Exception as error:  # whatever W&B raises, a run does not end because of it
+            log.warning("W&B cannot be reached (%s): logging offline.", str(error).splitlines()[0])
+        else:
+            return logger
+    if mode != "disabled":
+        os.environ["WANDB_MODE"] = "offline"
+    return WandbLogger(**arguments, offline=mode != "disabled", settings=wandb.Settings(silent=True))
+
+
+def csv_logger(folder: Path) -> CSVLogger:
+    """Every logged step in `steps/version_N/metrics.csv`, a new N at each resume."""
+    return CSVLogger(folder, name="steps")
+
+
+def tensorboard_logger(folder: Path) -> TensorBoardLogger:
+    """TensorBoard event files in `tensorboard/`."""
+    return TensorBoardLogger(folder, name="tensorboard", version="")

@@ -1,0 +1,93 @@
+"""Adaptive Explicit Knowledge Transfer (AEKT): H. Park, J.-S. Lee, arXiv 2409.01679.
+
+Given by the paper (as far as its abstract and figure captions tell): L_TCKD, L_NCKD and L_AEKT act together; L_AEKT
+weights the learning of the teacher's confidence in the target class by the ratio of teacher to student; distillation
+acts after a serialization layer, cross-entropy before it (`src/serialization.py`); the ablation without the 1 - p_t
+term. Ours: the exact form of the weight and its bound, the scale T of the loss, and all constants that DKD does not
+publish.
+
+Notation as in `src/methods/dkd.py`; sg is stop-gradient.
+"""
+
+import math
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.errors import UserError
+from src.methods.dkd import DKD, target_log_odds
+from src.methods.method import Batch, warm_up
+
+Weighting = Literal["ratio", "log_ratio", "constant"]
+
+
+def explicit_weight(log_p: Tensor, log_q: Tensor, weighting: Weighting, max_weight: float) -> Tensor:
+    """The weight w of each sample, [B], from log p_t and log q_t, [B]; ours.
+
+    - `ratio`: min(q_t / p_t, max_weight). Below the bound w log p_t has the gradient of q_t / p_t; it always pulls p_t
+      up.
+    - `log_ratio`: log(q_t / p_t) within +-max_weight; vanishes where p_t = q_t and pulls back beyond.
+    - `constant`: q_t; transfer without adaptation, the control.
+    """
+    if weighting == "ratio":
+        return (log_q - log_p).clamp(max=math.log(max_weight)).exp()
+    if weighting == "log_ratio":
+        return (log_q - log_p).clamp(-max_weight, max_weight)
+    return log_q.exp()
+
+
+def explicit_transfer_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    weighting: Weighting = "ratio",
+    max_weight: float = 10.0,
+    confidence_term: bool = True,
+) -> Tensor:
+    """L_AEKT = -T sg(w) log p_t, averaged over the batch; logits [B, C], target [B].
+
+    Gradient of one sample's loss at u_t: -w (1 - p_t), at u_i: w p_i. Without the confidence term (the ablation of the
+    paper's Figure B.1) log p_t gives way to the log-odds log(p_t / (1 - p_t)): gradient -w at u_t, w p'_i at u_i; that
+    loss is unbounded below.
+    """
+    student = target_log_odds(student_logits, target, temperature)
+    teacher = target_log_odds(teacher_logits, target, temperature)
+    weight = explicit_weight(F.logsigmoid(student), F.logsigmoid(teacher), weighting, max_weight).detach()
+    confidence = F.logsigmoid(student) if confidence_term else student
+    return -temperature * (weight * confidence).mean()
+
+
+class AEKT(DKD):
+    """cross_entropy_weight * CE + warm-up * (alpha * TCKD + beta * NCKD + gamma * L_AEKT)."""
+
+    def __init__(
+        self, *, gamma: float, weighting: Weighting, max_weight: float, confidence_term: bool, **dkd: float
+    ) -> None:
+        super().__init__(**dkd)
+        if weighting not in get_args(Weighting):
+            raise UserError(f"method.weighting={weighting} is unknown: choose one of {', '.join(get_args(Weighting))}.")
+        if not 0 < max_weight < math.inf:
+            raise UserError(f"method.max_weight={max_weight} does not bound the weight: give a finite positive number.")
+        self.gamma = gamma
+        self.weighting = weighting
+        self.max_weight = max_weight
+        self.confidence_term = confidence_term
+
+    def weights(self, epoch: int) -> dict[str, float]:
+        """DKD's weights and that of explicit transfer, which warms up with them."""
+        return {**super().weights(epoch), "explicit_transfer": warm_up(epoch, self.warmup_epochs) * self.gamma}
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """DKD's terms and explicit transfer, all distillation on the logits after serialization."""
+        explicit = explicit_transfer_loss(
+            batch.student.distillation_logits,
+            batch.teacher.logits,
+            batch.target,
+            self.temperature,
+            self.weighting,
+            self.max_weight,
+            self.confidence_term,
+        )
+        return {**super().terms(batch), "explicit_transfer": explicit}

@@ -1,0 +1,72 @@
+"""What is reported of a classifier: accuracy, likelihood, calibration, agreement with the teacher."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class NegativeLogLikelihood(Metric):
+    """NLL = mean of -log softmax(z)_t, in nats."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [B, C] and targets [B]."""
+        self.total += F.cross_entropy(preds.float(), target, reduction="sum").double()
+        self.count += len(target)
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return (self.total / self.count).float()
+
+
+class ExpectedCalibrationError(Metric):
+    """ECE (Guo et al. 2017, arXiv 1706.04599): the mean gap between confidence and accuracy over 15 equal bins (a, b].
+
+    torchmetrics' own keeps every confidence of the data set in memory and puts confidence 1 into a bin of its own.
+    """
+
+    full_state_update = False
+    confidence: Tensor
+    correct: Tensor
+    count: Tensor
+
+    def __init__(self, bins: int = 15) -> None:
+        super().__init__()
+        for name in ("confidence", "correct", "count"):
+            self.add_state(name, torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [B, C] and targets [B]."""
+        confidence, predicted = preds.double().softmax(dim=1).max(dim=1)
+        bins = len(self.count)
+        bin_index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        self.confidence.index_add_(0, bin_index, confidence)
+        self.correct.index_add_(0, bin_index, (predicted == target).double())
+        self.count.index_add_(0, bin_index, torch.ones_like(confidence))
+
+    def compute(self) -> Tensor:
+        """Sum over bins of |confidence - accuracy| weighted by the bin's share."""
+        return ((self.confidence - self.correct).abs().sum() / self.count.sum()).float()
+
+
+def scores(num_classes: int) -> MetricCollection:
+    """The metrics of every evaluation, as fractions of 1 (NLL in nats); update with (logits, target)."""
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
+            "nll": NegativeLogLikelihood(),
+            "ece": ExpectedCalibrationError(),
+        },
+        compute_groups=False,
+    )

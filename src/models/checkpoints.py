@@ -1,0 +1,167 @@
+"""Checkpoints of the formats in use, read without executing anything, and ours.
+
+Read unchanged: RepDistiller and mdistiller (`model` beside epoch, accuracy, optimizer, options; with `module.` or with
+`module.student.` beside `module.teacher.`), DataParallel (`state_dict` with `module.`), torch.compile (`_orig_mod.`),
+Lightning (`state_dict` with `student.`), bare state dicts, and ours (`model` beside facts).
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.models.network import Network
+
+
+class _Ignored:
+    """Stands in for what published checkpoints hold beside their weights: nothing of the real types is built."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+IGNORED: list[Any] = [
+    (_Ignored, name)
+    for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+]
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+PROGRAM_MEMBERS = ("constants.pkl", "archive_format", "serialized_exported_program.json")
+"""Members of a zip archive that only TorchScript or torch.export write."""
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The student's, or only, network in a checkpoint: names without prefixes to tensors on the CPU.
+
+    Raises `UserError` where the file is missing, damaged, a program, asks for code, or holds no tensors.
+    """
+    content = _read(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    named = content if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in named.items() if isinstance(name, str) and _is_plain(value)}
+    if not tensors:
+        found = f"a dict of {', '.join(map(str, list(named)[:5]))}" if named else f"a {type(content).__name__}"
+        raise UserError(f"{path} holds {found} but no weights by name: give a file that holds a state dict.")
+    return _without_prefixes(tensors)
+
+
+def _read(path: Path) -> Any:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the checkpoint file in it.")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the path of a checkpoint.")
+    try:
+        if _is_program(path):
+            raise UserError(f"{path} is a program (TorchScript or torch.export), refused: give a file of weights only.")
+        with torch.serialization.safe_globals(IGNORED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable.") from error
+    except Exception as error:  # a damaged file fails in every way that readers of zip and pickle can
+        wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if wanted:
+            hint = "give a file that holds a state dict alone"
+            raise UserError(f"{path} asks for {wanted[1]}, which could execute code, refused: {hint}.") from error
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): get it again.") from error
+
+
+def _is_program(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.rsplit("/", 1)[-1] in PROGRAM_MEMBERS for name in archive.namelist())
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this is a tensor of real numbers in memory, as all weights are, whatever else a file could rebuild."""
+    return (
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_complex())
+    )
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Strip what wrappers put before names; where a student stands among others, keep the student alone."""
+    while True:
+        prefix = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
+        if prefix is None and any(name.startswith("student.") for name in tensors):
+            prefix = "student."
+        if prefix is None:
+            return tensors
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def load_weights(network: Network, path: Path) -> None:
+    """Put a checkpoint's weights into a network, all of them and no others; they take the network's dtype.
+
+    Raises `UserError` where class counts, names or shapes differ, where a weight is not finite, and for each reason of
+    `read_state_dict`. The network is unchanged then.
+    """
+    tensors = read_state_dict(path)
+    expected = network.state_dict()
+    bias = next(name for name, value in network.named_parameters() if value is network.classifier_layer.bias)
+    if bias in tensors and tensors[bias].shape != expected[bias].shape:
+        counts = f"{tensors[bias].numel()} classes and the network has {expected[bias].numel()}"
+        raise UserError(f"{path} was trained on {counts}: give a checkpoint of a network for the same classes.")
+    wrong = _differences(expected, tensors)
+    if wrong:
+        count = f"{len(wrong)} of its weights do not fit, the first: {wrong[0]}"
+        raise UserError(f"{path} holds another architecture than {_describe(network)}, {count}; give one that fits.")
+    bad = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise UserError(f"{path} holds NaN or infinite weights, the first in {bad}: give another checkpoint.")
+    network.load_state_dict(tensors)
+
+
+def _differences(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    """A phrase for each name that does not fit, in the network's order; files of 2019 may lack batch norm's counters."""
+    wrong = []
+    for name, value in expected.items():
+        if name not in tensors and not name.endswith("num_batches_tracked"):
+            wrong.append(f"{name} is missing")
+        elif name in tensors and tensors[name].shape != value.shape:
+            wrong.append(f"{name} is {list(tensors[name].shape)} instead of {list(value.shape)}")
+    return wrong + [f"{name} is unknown" for name in tensors if name not in expected]
+
+
+def _describe(network: nn.Module) -> str:
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return f"this {type(network).__name__} of {parameters:,} parameters"
+
+
+def save_weights(network: nn.Module, path: Path, **facts: Any) -> None:
+    """Write `{"model": state dict, **facts}` as a whole or not at all.
+
+    Facts are plain types (numbers, strings, lists and dicts of them), so that `torch.load(weights_only=True)` reads it.
+    """
+    state = {
+        name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({"model": state, **facts}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of a state dict, whatever its container, device or memory format."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""Residual networks for images of 32 x 32 pixels: K. He et al., arXiv 1512.03385, section 4.2.
+
+Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller, whose
+checkpoints load unchanged.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.models.network import Network, Output
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; a 1x1 convolution on the shortcut where the size changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class CifarResNet(Network):
+    """A stem, three stages of `blocks` basic blocks at 32, 16 and 8 pixels, global average pooling, a linear layer.
+
+    Depth is 6 blocks + 2. Features: the stem's and the three stages' outputs.
+    """
+
+    def __init__(self, blocks: int, widths: tuple[int, int, int, int], num_classes: int) -> None:
+        super().__init__()
+        stem, first, second, third = widths
+        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = _stage(stem, first, blocks, stride=1)
+        self.layer2 = _stage(first, second, blocks, stride=2)
+        self.layer3 = _stage(second, third, blocks, stride=2)
+        self.fc = nn.Linear(third, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def classifier_layer(self) -> nn.Linear:
+        """`fc`."""
+        return self.fc
+
+    def forward_features(self, images: Tensor) -> Output:
+        """Logits, features of the stem and the three stages, pooled features."""
+        f0 = F.relu(self.bn1(self.conv1(images)))
+        f1 = self.layer1(f0)
+        f2 = self.layer2(f1)
+        f3 = self.layer3(f2)
+        pooled = f3.mean((2, 3))
+        return Output(self.fc(pooled), (f0, f1, f2, f3), pooled)
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+NARROW = (16, 16, 32, 64)
+WIDE = (32, 64, 128, 256)
+
+
+def resnet8(num_classes: int = 100) -> CifarResNet:
+    """83,892 parameters for 100 classes."""
+    return CifarResNet(1, NARROW, num_classes)
+
+
+def resnet14(num_classes: int = 100) -> CifarResNet:
+    """181,108 parameters for 100 classes."""
+    return CifarResNet(2, NARROW, num_classes)
+
+
+def resnet20(num_classes: int = 100) -> CifarResNet:
+    """278,324 parameters for 100 classes."""
+    return CifarResNet(3, NARROW, num_classes)
+
+
+def resnet32(num_classes: int = 100) -> CifarResNet:
+    """472,756 parameters for 100 classes."""
+    return CifarResNet(5, NARROW, num_classes)
+
+
+def resnet44(num_classes: int = 100) -> CifarResNet:
+    """667,188 parameters for 100 classes."""
+    return CifarResNet(7, NARROW, num_classes)
+
+
+def resnet56(num_classes: int = 100) -> CifarResNet:
+    """861,620 parameters for 100 classes."""
+    return CifarResNet(9, NARROW, num_classes)
+
+
+def resnet110(num_classes: int = 100) -> CifarResNet:
+    """1,736,564 parameters for 100 classes."""
+    return CifarResNet(18, NARROW, num_classes)
+
+
+def resnet8x4(num_classes: int = 100) -> CifarResNet:
+    """1,233,540 parameters for 100 classes: resnet8, four times as wide."""
+    return CifarResNet(1, WIDE, num_classes)
+
+
+def resnet32x4(num_classes: int = 100) -> CifarResNet:
+    """7,433,860 parameters for 100 classes: resnet32, four times as wide."""
+    return CifarResNet(5, WIDE, num_classes)

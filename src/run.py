@@ -1,0 +1,268 @@
+"""A run is its folder: its name follows from the configuration, and the same command finds it again.
+
+config.yaml (resolved), run.json (versions, fingerprints, teacher), metrics.csv (a row an epoch), checkpoints/last.ckpt,
+student.pth (the student alone) and, when it is finished, result.json.
+"""
+
+import ast
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UserError
+
+log = logging.getLogger(__name__)
+
+IRRELEVANT = {
+    "data": {"prepare", "root", "path", "workers"},
+    "teacher": {"store", "train_if_missing"},
+    "trainer": {
+        "accelerator",
+        "devices",
+        "strategy",
+        "num_nodes",
+        "use_distributed_sampler",
+        "log_every_n_steps",
+        "enable_progress_bar",
+        "enable_model_summary",
+    },
+}
+"""Keys of each group that cannot change a result: no part of a run's identity."""
+NO_IDENTITY = {"logger", "runs", "start_over"}
+PACKAGE = Path(__file__).parent
+
+
+def needs_teacher(cfg: DictConfig) -> bool:
+    """Whether the configured method has a teacher."""
+    return bool(hydra.utils.get_class(cfg.method._target_).needs_teacher)
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the result, as plain types."""
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
+    kept = {key: value for key, value in container.items() if key not in NO_IDENTITY}
+    for group, keys in IRRELEVANT.items():
+        kept[group] = {key: value for key, value in kept[group].items() if key not in keys}
+    kept["method"].pop("pairs", None)
+    for network in ("student", "teacher"):
+        (kept["model"].get(network) or {}).pop("published_accuracy", None)
+    if not needs_teacher(cfg):
+        kept["model"] = {"student": kept["model"]["student"]}
+        del kept["teacher"]
+    return kept
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """`<runs>/<data>/<pair or network>/<method>/<serialization>-seed<seed>-<digest of the identity>`."""
+    pair = cfg.model.name if needs_teacher(cfg) else cfg.model.student.name
+    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    return (
+        Path(cfg.runs).expanduser()
+        / cfg.data.name
+        / pair
+        / cfg.method.name
+        / f"{serialization_name(cfg)}-seed{cfg.seed}-{digest}"
+    )
+
+
+def serialization_name(cfg: DictConfig) -> str:
+    """none, serial or parallel."""
+    layer = cfg.serialization._target_.rsplit(".", 1)[-1].lower()
+    return "none" if layer == "serialization" else layer
+
+
+def code_digest(modules: Iterable[str]) -> str:
+    """A digest of what the named modules of this package, and all that they import from it, do.
+
+    Comments, docstrings and layout do not count.
+    """
+    seen: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        tree = ast.parse((PACKAGE.parent / module.replace(".", "/")).with_suffix(".py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("src."):
+                waiting.append(node.module or "")
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [part for part in body if not _is_string(part)]  # type: ignore[attr-defined]
+        seen[module] = ast.dump(tree)
+    return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()
+
+
+def _is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+class RunFolder:
+    """One run's folder on disk."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.path = run_folder(cfg)
+        self.result_file = self.path / "result.json"
+        self.student_file = self.path / "student.pth"
+
+    def begin(self, fingerprints: Mapping[str, str | None], facts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Make the folder ready; the result where the run is finished already.
+
+        Raises `UserError` where what is there was made by other code, another teacher or other data, or where the
+        folder cannot be written.
+        """
+        if self.cfg.start_over and (self.path / "run.json").is_file():
+            shutil.rmtree(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._compare(fingerprints)
+            write_text(self.path / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+            about = {"fingerprints": fingerprints, "versions": versions(), "seed": self.cfg.seed, **facts}
+            write_text(self.path / "run.json", json.dumps(about, indent=2))
+        except OSError as error:
+            raise UserError(
+                f"Cannot write the run folder {self.path} ({error.strerror}): choose another by runs=..."
+            ) from None
+        if not self.result_file.is_file():
+            return None
+        return read_json(self.result_file)
+
+    def _compare(self, fingerprints: Mapping[str, str | None]) -> None:
+        before = self.path / "run.json"
+        if not before.is_file():
+            return
+        earlier = read_json(before).get("fingerprints", {})
+        changed = [name for name, value in fingerprints.items() if earlier.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{self.path} was made with another {' and another '.join(changed)} than today's: "
+                f"add start_over=true to do it again, or runs=... to keep both."
+            )
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result: from now on the same command returns it at once."""
+        write_text(self.result_file, json.dumps(result, indent=2))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to resume from, None where there is none. Raises `UserError` where it is damaged."""
+    file = folder / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        return None
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}): start_over=true does the run again.") from None
+    return file
+
+
+class History(Callback):
+    """Writes metrics.csv, a row an epoch, and one line an epoch to the log; rows survive a resume in the checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "metrics.csv"
+        self.rows: list[dict[str, float]] = []
+        self.epoch_start = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The rows up to the checkpoint: what came after it is done again."""
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.epoch_start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch's row; validation has run."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        values = {name.removesuffix("_epoch"): value for name, value in values.items() if "/" in name}
+        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        row = {
+            "epoch": trainer.current_epoch,
+            "learning_rate": learning_rate,
+            "seconds": time.monotonic() - self.epoch_start,
+            **values,
+        }
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_rows(self.file, self.rows)
+            split = "val" if "val/accuracy" in row else "test"
+            progress = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {row['train/loss']:.3f}"
+            log.info(
+                "%s  %s accuracy %.2f %%  (%.0f s)", progress, split, 100 * row[f"{split}/accuracy"], row["seconds"]
+            )
+
+
+def write_rows(file: Path, rows: list[dict[str, float]]) -> None:
+    """A CSV file of rows with the same keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, text.getvalue())
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run folder's metrics.csv; none where there is no file yet."""
+    file = folder / "metrics.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file of the run folder. Raises `UserError` where it is damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): start_over=true does the run again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not what a run writes: start_over=true does the run again.")
+    return content
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, the packages that decide numbers, and the commit where this is a git checkout."""
+    packages = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
+    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=PACKAGE,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return found
+    return {**found, "commit": git.stdout.strip()}

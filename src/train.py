@@ -1,0 +1,211 @@
+"""`python -m src.train`: train a student, with a teacher or alone. `--help` is the guide."""
+
+import copy
+import itertools
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from src.assemble import make_data, make_distiller, make_logger, make_network, make_parts, make_trainer
+from src.config import run_command
+from src.data.image_data import ImageData
+from src.distiller import Distiller
+from src.models.checkpoints import load_weights, save_weights
+from src.run import (
+    History,
+    RunFolder,
+    code_digest,
+    identity,
+    last_checkpoint,
+    needs_teacher,
+    read_history,
+    serialization_name,
+)
+from src.teacher import Answers, Teacher, answers_file, find_teacher, teacher_places
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Do the run that a configuration describes, or what is left of it; its result."""
+    data = make_data(cfg)
+    parts = make_parts(cfg, data)
+    teacher, about_teacher, predictions = ready_teacher(cfg, data) if needs_teacher(cfg) else (None, None, {})
+    distiller = make_distiller(cfg, data, parts, teacher, predictions)
+
+    folder = RunFolder(cfg)
+    networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
+    modules = {node._target_.rsplit(".", 1)[0] for node in [*networks, cfg.method, cfg.serialization]}
+    fingerprints = {
+        "code": code_digest(["src.distiller", *sorted(modules)]),
+        "data": data.arrays.digest,
+        "teacher": teacher.digest if teacher else None,
+    }
+    finished = folder.begin(fingerprints, {"teacher": about_teacher, "class_names": data.class_names})
+    if finished is not None:
+        log.info("%s is finished already: test accuracy %.2f %%.", folder.path, 100 * finished["test"]["accuracy"])
+        return finished
+
+    log.info("Training %s by %s in %s", cfg.model.student.name, cfg.method.name, folder.path)
+    trainer = fit(cfg, distiller, data, folder)
+    result = summarise(cfg, distiller, data, folder, trainer, about_teacher)
+    if trainer.is_global_zero:
+        save_weights(
+            distiller.student, folder.student_file, network=cfg.model.student.name, class_names=list(data.class_names)
+        )
+        folder.finish(result)
+    trainer.strategy.barrier()
+    log.info("%s: test accuracy %.2f %% after the last epoch.", folder.path, 100 * result["test"]["accuracy"])
+    return result
+
+
+def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, Any], dict[str, Tensor]]:
+    """Find or train the teacher, load and measure it: with what the result says of it and its predictions by split."""
+    path = find_teacher(cfg) or train_teacher(cfg)
+    node = cfg.model.teacher
+    network = make_network(node, "model.teacher", data.num_classes)
+    load_weights(network, path)
+    teacher = Teacher(network, cfg.data.mean, cfg.data.std)
+
+    trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)
+    teacher.to(trainer.strategy.root_device, torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    answers = {split: teacher_answers(cfg, data, teacher, split, trainer) for split in {data.validates_on, "test"}}
+    measured = answers["test"].scores()
+    published = node.published_accuracy.get(cfg.data.name)
+    beside = "" if published is None else f" (published: {published:.2f} %)"
+    log.info("Teacher %s from %s: test accuracy %.2f %%%s.", node.name, path, 100 * measured["accuracy"], beside)
+    if published is not None and cfg.teacher.path and abs(100 * measured["accuracy"] - published) > 1:
+        log.warning("This is more than one point off: check the checkpoint's normalisation and class order.")
+    about = {
+        "name": node.name,
+        "file": str(path),
+        "sha256": teacher.digest,
+        "published_accuracy": published,
+        **measured,
+    }
+    predictions = {split: said.predictions(data.split_size(split)) for split, said in answers.items()}
+    return teacher, about, predictions
+
+
+def teacher_answers(cfg: DictConfig, data: ImageData, teacher: Teacher, split: str, trainer: L.Trainer) -> Answers:
+    """The teacher's answers to an evaluation split, asked once for all runs under one root."""
+    file = answers_file(cfg, Path(cfg.runs).expanduser(), teacher.digest, data, split)
+    answers = Answers.load(file)
+    if answers is None:
+        batches = itertools.islice(data.evaluation_loader(split), cfg.trainer.get("limit_val_batches"))
+        answers = teacher.answer_all(batches, trainer.precision_plugin.forward_context())
+        answers.save(file)
+    return answers
+
+
+def train_teacher(cfg: DictConfig) -> Path:
+    """Train the missing teacher alone, by the same recipe; its checkpoint."""
+    alone = copy.deepcopy(cfg)
+    alone.model = {"student": cfg.model.teacher, "teacher": None, "name": cfg.model.teacher.name}
+    alone.method, alone.seed = cfg.teacher.method, cfg.teacher.seed
+    alone.serialization = cfg.teacher.serialization
+    folder = RunFolder(alone)
+    if not folder.result_file.is_file():  # one that is finished is as good as any other checkpoint
+        log.info(
+            "No teacher %s for %s: training it first by the same recipe, %d epochs; "
+            "to avoid this give teacher.path=FILE or put one at %s.",
+            *(cfg.model.teacher.name, cfg.data.name, cfg.trainer.max_epochs, teacher_places(cfg)[0]),
+        )
+        train(alone)
+    return folder.student_file
+
+
+def fit(cfg: DictConfig, distiller: Distiller, data: ImageData, folder: RunFolder) -> L.Trainer:
+    """Train through the method's stages and then the main one, each from its last checkpoint where there is one."""
+    main = distiller.method
+    for stage in main.stages():
+        distiller.method = stage.method
+        fit_stage(cfg, distiller, data, folder.path / "stages" / stage.name, max_epochs=stage.epochs, logger=False)
+    distiller.method = main
+    return fit_stage(cfg, distiller, data, folder.path, logger=make_logger(cfg, folder.path))
+
+
+def fit_stage(
+    cfg: DictConfig, distiller: Distiller, data: ImageData, folder: Path, **trainer_options: Any
+) -> L.Trainer:
+    """One call of Lightning's fit, checkpointed every epoch."""
+    checkpoint = ModelCheckpoint(
+        dirpath=folder / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    trainer = make_trainer(cfg, callbacks=[History(folder), checkpoint], **trainer_options)
+    trainer.fit(distiller, datamodule=data, ckpt_path=last_checkpoint(folder))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return trainer
+
+
+def summarise(
+    cfg: DictConfig,
+    distiller: Distiller,
+    data: ImageData,
+    folder: RunFolder,
+    trainer: L.Trainer,
+    about_teacher: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The run's result: the last epoch first, the best beside it and named so; fractions of 1, NLL in nats, seconds."""
+    rows = read_history(folder.path)
+    split = data.validates_on
+    best = max(rows, key=lambda row: row[f"{split}/accuracy"])
+    if split == "val":
+        tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
+        scores = {"test": _of(tested, "test"), "val": _of(rows[-1], "val")}
+    else:
+        scores = {"test": _of(rows[-1], "test")}
+    return {
+        **scores,
+        "best_epoch": {"split": split, "epoch": int(best["epoch"]), "accuracy": best[f"{split}/accuracy"]},
+        "seconds": sum(row["seconds"] for row in rows),
+        "parameters": {
+            "student": count(distiller.student),
+            "teacher": count(distiller.teacher.network) if distiller.teacher else None,
+            "training_only": count(distiller.serialization) + count(distiller.method),
+        },
+        "data": cfg.data.name,
+        "method": cfg.method.name,
+        "serialization": serialization_name(cfg),
+        "teacher": about_teacher,
+        "student": cfg.model.student.name,
+        "seed": cfg.seed,
+        "epochs": len(rows),
+        "train_images": len(data.train_index),
+        "class_names": list(data.class_names),
+        "settings": {key: value for key, value in identity(cfg).items() if key != "seed"},
+    }
+
+
+def _of(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    return {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """One job; a sweeper gets the validation accuracy, or nothing where only test data could tell."""
+    try:
+        result = train(cfg)
+    finally:
+        if "wandb" in sys.modules:  # the next job of a multirun must not log into this one's run
+            sys.modules["wandb"].finish()
+    return result["val"]["accuracy"] if "val" in result else None
+
+
+if __name__ == "__main__":
+    run_command(main)

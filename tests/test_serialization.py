@@ -1,0 +1,133 @@
+"""Task serialization: it starts as plain distillation, in sizes asked of the student, and passes gradients on."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.methods.kd import kd_loss
+from src.models.network import Network, Output
+from src.serialization import Parallel, Serial, Serialization
+
+CLASSES, POOLED = 7, 3
+
+
+class ColourNetwork(Network):
+    """Classifies by the mean of each colour: three pooled features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(POOLED, CLASSES)
+
+    @property
+    def classifier_layer(self) -> nn.Linear:
+        return self.fc
+
+    def forward_features(self, images: Tensor) -> Output:
+        pooled = images.mean(dim=(2, 3))
+        return Output(self.fc(pooled), (images,), pooled)
+
+
+@pytest.fixture
+def student() -> ColourNetwork:
+    torch.manual_seed(0)
+    return ColourNetwork()
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.cat([torch.randn(4, CLASSES, generator=generator), 1e4 * torch.randn(2, CLASSES, generator=generator)])
+
+
+def built(serialization: Serialization, student: Network) -> Serialization:
+    serialization.build(student)
+    return serialization
+
+
+def test_none_passes_the_logits_through(student: ColourNetwork, logits: Tensor):
+    serialization = built(Serialization(), student)
+    assert serialization(logits, None) is logits
+    assert list(serialization.parameters()) == []
+    assert not serialization.needs_features
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_serial_starts_as_the_identity(student: ColourNetwork, logits: Tensor, dtype: torch.dtype, autocast: bool):
+    """Exactly and in float32, also where the rest of the network runs in bfloat16."""
+    serialization = built(Serial(lr_scale=0.1), student)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = serialization(logits.to(dtype), None)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, logits.to(dtype).float())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parallel_starts_as_the_students_classifier(student: ColourNetwork, autocast: bool):
+    serialization = built(Parallel(lr_scale=0.1), student)
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        said = student.forward_features(images)
+        output = serialization(said.logits, said.pooled)
+    assert torch.equal(output, said.logits)
+    assert serialization.needs_features
+
+
+def test_layers_have_the_students_sizes(student: ColourNetwork):
+    sizes = {
+        kind: [tuple(parameter.shape) for parameter in built(kind(lr_scale=1.0), student).parameters()]
+        for kind in (Serial, Parallel)
+    }
+    assert sizes == {Serial: [(CLASSES, CLASSES), (CLASSES,)], Parallel: [(CLASSES, POOLED), (CLASSES,)]}
+
+
+def test_learning_rate_and_weight_decay():
+    """Decay would pull the serial layer off the identity; the others take the optimiser's."""
+    assert (Serialization().lr_scale, Serialization().weight_decay) == (1.0, None)
+    assert (Serial(lr_scale=0.1).lr_scale, Serial(lr_scale=0.1).weight_decay) == (0.1, 0.0)
+    assert (Parallel(lr_scale=0.3).lr_scale, Parallel(lr_scale=0.3).weight_decay) == (0.3, None)
+
+
+def test_serial_training_starts_as_plain_distillation(student: ColourNetwork, logits: Tensor):
+    serialization = built(Serial(lr_scale=0.1), student)
+    teacher = logits.flip(0)
+    plain, serial = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(kd_loss(plain, teacher, 4.0), plain)
+    loss = kd_loss(serialization(serial, None), teacher, 4.0)
+    through, *of_layer = torch.autograd.grad(loss, (serial, *serialization.parameters()))
+    assert gradient.any()
+    assert torch.equal(through, gradient)
+    assert all(of_parameter.any() for of_parameter in of_layer)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_serial_is_w_z_plus_b_and_so_is_its_gradient(student: ColourNetwork, logits: Tensor, autocast: bool):
+    """At u: g. At z: W' g; at W: g z', at b: g, summed over the batch."""
+    serialization = built(Serial(lr_scale=0.1), student)
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = (torch.randn(size, generator=generator) for size in ((CLASSES, CLASSES), (CLASSES,)))
+    serialization.load_state_dict({"layer.weight": weight, "layer.bias": bias})
+    z, g = logits[:4].clone().requires_grad_(), torch.randn(4, CLASSES, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        u = serialization(z, None)
+    of_z, of_weight, of_bias = torch.autograd.grad(u, (z, *serialization.parameters()), g)
+    torch.testing.assert_close(u, torch.einsum("ij,bj->bi", weight, z) + bias)
+    torch.testing.assert_close(of_z, torch.einsum("ij,bi->bj", weight, g))
+    torch.testing.assert_close(of_weight, torch.einsum("bi,bj->ij", g, z.detach()))
+    torch.testing.assert_close(of_bias, g.sum(dim=0))
+
+
+def test_parallel_learns_beside_the_students_classifier(student: ColourNetwork):
+    """Distillation reaches the features through its own head and leaves the student's alone."""
+    serialization = built(Parallel(lr_scale=1.0), student)
+    pooled = torch.rand(5, POOLED, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    teacher = torch.eye(CLASSES)[:5]
+    loss = kd_loss(serialization(student.fc(pooled), pooled), teacher, 4.0)
+    reached = (pooled, *serialization.parameters())
+    gradients = torch.autograd.grad(loss, (*reached, *student.parameters()), allow_unused=True)
+    assert all(gradient is not None and gradient.any() for gradient in gradients[: len(reached)])
+    assert all(gradient is None for gradient in gradients[len(reached) :])
+    with torch.no_grad():
+        for parameter in serialization.parameters():
+            parameter.add_(1.0)
+    assert not torch.equal(next(serialization.parameters()), student.fc.weight)
