@@ -59,6 +59,7 @@ class Teacher:
     path: str | None = None
     store: str = "teachers"
     train_if_missing: bool = True
+    view_store: bool = False
     seed: int = 0
     method: Any = MISSING
     serialization: Any = MISSING
@@ -98,7 +99,8 @@ def build(node: DictConfig, group: str, **arguments: Any) -> Any:
     Raises `UserError` where a value has the wrong type, naming the option.
     """
     target = hydra.utils.get_object(node._target_)
-    options = {key: value for key, value in OmegaConf.to_container(node, resolve=True).items() if key not in FACTS}
+    container: Any = OmegaConf.to_container(node, resolve=True)
+    options: dict[str, Any] = {key: value for key, value in container.items() if key not in FACTS}
     hints = _argument_types(target)
     for key, value in options.items():
         if key not in hints:
@@ -118,7 +120,7 @@ def _argument_types(target: Any) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for cls in reversed(target.__mro__):
         if cls.__module__.startswith("src.") and "__init__" in vars(cls):
-            hints |= get_type_hints(cls.__init__)
+            hints |= get_type_hints(vars(cls)["__init__"])
     return {name: hint for name, hint in hints.items() if name != "return"}
 
 

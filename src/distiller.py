@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -62,7 +62,7 @@ class Distiller(L.LightningModule):
         self.validates_on: Split = validates_on
         self.seed = seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.scores = nn.ModuleDict({"val": scores(num_classes), "test": scores(num_classes)})
+        self.scores = scores(num_classes)
         self.agreement = MulticlassAccuracy(num_classes, average="micro", ignore_index=-1)
         self.weighted_terms: Mapping[str, Tensor] = {}
 
@@ -93,7 +93,9 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Samples, batch_idx: int) -> Tensor:
         """The sum of the method's weighted terms; what is logged is what is summed."""
         seen = Batch(
-            views=tuple(self._view(images) for images in batch.images),
+            views=tuple(
+                self._view(images, batch.index, view) for images, view in zip(batch.images, batch.views, strict=True)
+            ),
             target=batch.target,
             index=batch.index,
             epoch=self.current_epoch,
@@ -135,7 +137,7 @@ class Distiller(L.LightningModule):
     def _normalised(self, images: Tensor) -> Tensor:
         return normalise(images, self.mean, self.std).to(memory_format=self.memory_format)
 
-    def _view(self, images: Tensor) -> View:
+    def _view(self, images: Tensor, index: Tensor, view: Tensor) -> View:
         inputs = self._normalised(images)
         said = self.student.forward_features(inputs)
         features = self.method.needs_features
@@ -147,14 +149,11 @@ class Distiller(L.LightningModule):
         )
         if self.teacher is None:
             return View(inputs, student, None)
+        if not features:
+            logits = self.teacher.view_logits(images, index, view)
+            return View(inputs, student, Prediction(logits, logits, (), None))
         answer = self.teacher(images)
-        teacher = Prediction(
-            logits=answer.logits,
-            distillation_logits=answer.logits,
-            features=answer.features if features else (),
-            pooled=answer.pooled if features else None,
-        )
-        return View(inputs, student, teacher)
+        return View(inputs, student, Prediction(answer.logits, answer.logits, answer.features, answer.pooled))
 
     def _check(self, loss: Tensor, batch_idx: int) -> None:
         if torch.isfinite(loss):
@@ -162,20 +161,21 @@ class Distiller(L.LightningModule):
         values = ", ".join(f"{name} {float(term):.4g}" for name, term in self.weighted_terms.items())
         raise UserError(
             f"The loss is not finite in epoch {self.current_epoch}, batch {batch_idx} ({values}): the last "
-            f"checkpoint is kept; try a lower schedule.learning_rate or a lower weight of the term that grew, or trainer.precision=32-true."
+            "checkpoint is kept; try a lower schedule.learning_rate, a lower weight of the term that grew, or "
+            "trainer.precision=32-true."
         )
 
     def _score(self, batch: Samples, split: Split) -> None:
         logits = self.predict_logits(batch.images[0])
-        self.scores[split].update(logits, batch.target)
+        self.scores.update(logits, batch.target)
         if split in self.teacher_predictions:
             self.agreement.update(logits, self.teacher_predictions[split].to(logits.device)[batch.index])
 
     def _log_scores(self, split: Split) -> None:
-        values = {f"{split}/{name}": value for name, value in self.scores[split].compute().items()}
+        values = {f"{split}/{name}": value for name, value in self.scores.compute().items()}
         if split in self.teacher_predictions:
             values[f"{split}/agreement"] = self.agreement.compute()
-        self.scores[split].reset()
+        self.scores.reset()
         self.agreement.reset()
         self.log_dict(values)
         self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False)

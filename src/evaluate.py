@@ -74,7 +74,7 @@ def targets(node: Any) -> list[Any]:
 
 
 def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
-    """A run's module with its last weights, and the teacher's stored answers: the teacher itself lends only its sizes."""
+    """A run's module with its last weights and the teacher's stored answers; the teacher lends only its sizes."""
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoints/last.ckpt: nothing to evaluate.")

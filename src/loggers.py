@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -16,7 +17,7 @@ def wandb_logger(folder: Path, project: str) -> WandbLogger:
     Online where a key is at hand and the server answers, offline otherwise; it never prompts.
     """
     name = "/".join(folder.parts[-4:])
-    arguments = {
+    arguments: dict[str, Any] = {
         "project": project,
         "name": name,
         "id": name.replace("/", "-"),

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 IRRELEVANT = {
     "data": {"prepare", "root", "path", "workers"},
-    "teacher": {"store", "train_if_missing"},
+    "teacher": {"store", "train_if_missing", "view_store"},
     "trainer": {
         "accelerator",
         "devices",
@@ -50,7 +50,8 @@ PACKAGE = Path(__file__).parent
 
 def needs_teacher(cfg: DictConfig) -> bool:
     """Whether the configured method has a teacher."""
-    return bool(hydra.utils.get_class(cfg.method._target_).needs_teacher)
+    method: Any = hydra.utils.get_class(cfg.method._target_)
+    return bool(method.needs_teacher)
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -191,12 +192,19 @@ class History(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
+        self.validated = False
         self.epoch_start = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """This epoch has scores."""
+        self.validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch's row; validation has run."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
         values = {name.removesuffix("_epoch"): value for name, value in values.items() if "/" in name}
+        if not self.validated:  # what Lightning still holds is an earlier epoch's
+            values = {name: value for name, value in values.items() if name.startswith("train/")}
         learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         row = {
             "epoch": trainer.current_epoch,
@@ -215,9 +223,10 @@ class History(Callback):
 
 
 def write_rows(file: Path, rows: list[dict[str, float]]) -> None:
-    """A CSV file of rows with the same keys."""
+    """A CSV file of rows, with a gap where a row lacks a value (an epoch without validation)."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(file, text.getvalue())
@@ -229,7 +238,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     with file.open(newline="") as lines:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 def write_text(file: Path, text: str) -> None:

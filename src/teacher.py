@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ class Teacher:
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.digest = weights_digest(network)
+        self.store: ViewStore | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """Copies of what holds the teacher (weight averages) share it."""
@@ -44,7 +46,7 @@ class Teacher:
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
         """Move the network."""
-        self.network.to(device, memory_format=memory_format)
+        self.network.to(device).to(memory_format=memory_format)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Output:
@@ -52,12 +54,53 @@ class Teacher:
         assert not self.network.training, "the teacher was put into train mode"
         return self.network.forward_features(normalise(images, self.mean, self.std))
 
+    def view_logits(self, images: Tensor, index: Tensor, views: Tensor) -> Tensor:
+        """Logits [B, C] of uint8 views [B, 3, H, W], from the store where one is set, by image and view number."""
+        if self.store is None:
+            return self(images).logits
+        logits, unknown = self.store.read(index, views)
+        if unknown.any():
+            logits[unknown] = self(images[unknown.to(images.device)]).logits.float().cpu()
+            self.store.write(index[unknown], views[unknown], logits[unknown])
+        return logits.to(images.device)
+
     def answer_all(self, batches: Iterable[Samples], precision: AbstractContextManager[None]) -> Answers:
         """Ask the teacher about every image of an evaluation loader."""
         device = next(self.network.parameters()).device
         with precision:
             rows = [(self(batch.images[0].to(device)).logits.float().cpu(), batch.target) for batch in batches]
         return Answers(torch.cat([logits for logits, _ in rows]), torch.cat([target for _, target in rows]))
+
+
+class ViewStore:
+    """A teacher's logits by image and view, in one mapped file that grows as training asks: [images, views, C] float32.
+
+    A row that holds a zero has not been answered: a new file is all zeros without using the disk, and a row that a kill
+    has torn is asked again. Answers agree with the teacher's up to the order of summation in batches of another size.
+    """
+
+    def __init__(self, file: Path, images: int, views: int, num_classes: int) -> None:
+        """Raises `UserError` where the disk could not hold all answers."""
+        size = 4 * images * views * num_classes
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.is_file() or file.stat().st_size != size:
+            free = shutil.disk_usage(file.parent).free
+            if free < size:
+                raise UserError(
+                    f"teacher.view_store needs {size:,} bytes at {file.parent} and {free:,} are free: set it to false."
+                )
+            with file.open("ab") as empty:
+                empty.truncate(size)
+        self.answers = np.memmap(file, np.float32, "r+", shape=(images, views, num_classes))
+
+    def read(self, index: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] on the CPU, and a mask [B] of those that are unknown."""
+        logits = torch.from_numpy(self.answers[index.cpu().numpy(), views.cpu().numpy()])
+        return logits, (logits == 0).any(dim=1)
+
+    def write(self, index: Tensor, views: Tensor, logits: Tensor) -> None:
+        """Keep logits [B, C]."""
+        self.answers[index.cpu().numpy(), views.cpu().numpy()] = logits.numpy()
 
 
 class Answers(NamedTuple):
@@ -122,6 +165,12 @@ def teacher_places(cfg: DictConfig) -> list[Path]:
     architecture = cfg.model.teacher._target_.rsplit(".", 1)[-1]
     store = Path(cfg.teacher.store).expanduser() / cfg.data.name
     return [store / f"{architecture}.pth", store / f"{architecture}_vanilla" / "ckpt_epoch_240.pth"]
+
+
+def view_store_file(cfg: DictConfig, digest: str, data: ImageData) -> Path:
+    """Where the view store of this teacher, data and precision is kept, below the folder of all runs."""
+    name = f"{digest[:12]}-{data.arrays.digest[:12]}-{cfg.data.padding}-{cfg.data.flip}-{cfg.trainer.precision}.views"
+    return Path(cfg.runs).expanduser() / "teachers" / name
 
 
 def answers_file(cfg: DictConfig, runs: Path, digest: str, data: ImageData, split: str) -> Path:

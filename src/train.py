@@ -30,7 +30,7 @@ from src.run import (
     read_history,
     serialization_name,
 )
-from src.teacher import Answers, Teacher, answers_file, find_teacher, teacher_places
+from src.teacher import Answers, Teacher, ViewStore, answers_file, find_teacher, teacher_places, view_store_file
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     result = summarise(cfg, distiller, data, folder, trainer, about_teacher)
     if trainer.is_global_zero:
         save_weights(
-            distiller.student, folder.student_file, network=cfg.model.student.name, class_names=list(data.class_names)
+            distiller.student, folder.student_file, name=cfg.model.student.name, class_names=list(data.class_names)
         )
         folder.finish(result)
     trainer.strategy.barrier()
@@ -78,7 +78,8 @@ def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, 
 
     trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)
     teacher.to(trainer.strategy.root_device, torch.channels_last if cfg.channels_last else torch.contiguous_format)
-    answers = {split: teacher_answers(cfg, data, teacher, split, trainer) for split in {data.validates_on, "test"}}
+    splits: set[str] = {data.validates_on, "test"}
+    answers = {split: teacher_answers(cfg, data, teacher, split, trainer) for split in splits}
     measured = answers["test"].scores()
     published = node.published_accuracy.get(cfg.data.name)
     beside = "" if published is None else f" (published: {published:.2f} %)"
@@ -92,6 +93,9 @@ def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, 
         "published_accuracy": published,
         **measured,
     }
+    if cfg.teacher.view_store:
+        file = view_store_file(cfg, teacher.digest, data)
+        teacher.store = ViewStore(file, len(data.arrays.train_labels), data.view_count, data.num_classes)
     predictions = {split: said.predictions(data.split_size(split)) for split, said in answers.items()}
     return teacher, about, predictions
 
@@ -159,7 +163,7 @@ def summarise(
     """The run's result: the last epoch first, the best beside it and named so; fractions of 1, NLL in nats, seconds."""
     rows = read_history(folder.path)
     split = data.validates_on
-    best = max(rows, key=lambda row: row[f"{split}/accuracy"])
+    best = max((row for row in rows if f"{split}/accuracy" in row), key=lambda row: row[f"{split}/accuracy"])
     if split == "val":
         tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
         scores = {"test": _of(tested, "test"), "val": _of(rows[-1], "val")}

@@ -62,7 +62,7 @@ def load_arrays(path: Path) -> ImageArrays:
 
 
 def _inspect(path: Path) -> str:
-    """A digest of the content from the archive's directory, whose CRC-32 sums reading verifies; sizes are checked first."""
+    """A digest from the archive's directory, whose CRC-32 sums reading verifies, after a check of the sizes."""
     try:
         members = zipfile.ZipFile(path).infolist()
     except (zipfile.BadZipFile, OSError) as error:

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (A. Krizhevsky 2009), downloaded and checked by torchvision, converted once into an array file."""
+"""CIFAR-10 and CIFAR-100 (A. Krizhevsky 2009): downloaded and checked by torchvision, converted once."""
 
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ def _array_file(root: Path, name: str) -> Path:
         splits = {split: _download(root, name, train=split == "train") for split in ("train", "test")}
     except Exception as error:  # no network, a wrong checksum, an unwritable folder: torchvision raises many kinds
         raise UserError(
-            f"{name} is neither at {file} nor can it be downloaded ({error}): put the array file or torchvision's archive "
-            f"there, or name a file by data.path or a folder by data.root."
+            f"{name} is neither at {file} nor can it be downloaded ({error}): put the array file or torchvision's "
+            f"archive there, or name a file by data.path or a folder by data.root."
         ) from error
     arrays = {f"{split}_{key}": value for split, data in splits.items() for key, value in _arrays(data).items()}
     save_arrays(file, class_names=np.array(splits["train"].classes), **arrays, **_superclass_names(splits["train"]))
@@ -56,9 +56,10 @@ def _superclass_names(data: Any) -> dict[str, np.ndarray]:
 
 SUPERCLASSES = (
     "aquatic_mammals", "fish", "flowers", "food_containers", "fruit_and_vegetables", "household_electrical_devices",
-    "household_furniture", "insects", "large_carnivores", "large_man-made_outdoor_things", "large_natural_outdoor_scenes",
-    "large_omnivores_and_herbivores", "medium_mammals", "non-insect_invertebrates", "people", "reptiles", "small_mammals",
-    "trees", "vehicles_1", "vehicles_2",
+    "household_furniture", "insects", "large_carnivores", "large_man-made_outdoor_things",
+    "large_natural_outdoor_scenes",
+    "large_omnivores_and_herbivores", "medium_mammals", "non-insect_invertebrates", "people", "reptiles",
+    "small_mammals", "trees", "vehicles_1", "vehicles_2",
 )  # fmt: skip
 SUPERCLASS_OF = np.array(
     [4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10,

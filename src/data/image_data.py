@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.arrays import ImageArrays, load_arrays
-from src.data.views import crop_and_flip, epoch_order, random_bits
+from src.data.views import crop_and_flip, draw_views, epoch_order, random_bits, view_count
 from src.errors import UserError
 
 SPLIT_STREAM = 1 << 20
@@ -24,8 +25,10 @@ class Samples(NamedTuple):
     """A uint8 [B, 3, H, W] for each view."""
     target: Tensor
     """[B] int64"""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     """[B] int64: the position in the training arrays, or in the split that is evaluated."""
+    views: tuple[Tensor, ...] = ()
+    """The number [B] int64 of each image's view, for each view; empty in evaluation."""
 
 
 class BatchReader(Dataset[Samples]):
@@ -163,6 +166,11 @@ class ImageData(L.LightningDataModule):
         """Number of images in `val` or `test`."""
         return len(self.val_index if split == "val" else self.arrays.test_labels)
 
+    @property
+    def view_count(self) -> int:
+        """How many different views the augmentation can make of an image."""
+        return view_count(self.padding, self.flip)
+
     def train_dataloader(self) -> DataLoader[Samples]:
         """Shuffled batches of this device's share."""
         rank, world_size = self._place()
@@ -204,13 +212,9 @@ class ImageData(L.LightningDataModule):
     def augment(self, batch: Samples, epoch: int) -> Samples:
         """The views of an epoch."""
         (images,) = batch.images
-        views = (
-            crop_and_flip(
-                images, batch.index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip, view=view
-            )
-            for view in range(self.views)
-        )
-        return batch._replace(images=tuple(views))
+        draw = partial(draw_views, batch.index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip)
+        views = tuple(draw(view=view) for view in range(self.views))
+        return batch._replace(images=tuple(crop_and_flip(images, view, self.padding) for view in views), views=views)
 
     def _loader(self, reader: BatchReader, batches: EpochBatches) -> DataLoader[Samples]:
         return DataLoader(
@@ -226,7 +230,7 @@ class ImageData(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def _as_it_is(batch: Samples) -> Samples:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

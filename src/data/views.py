@@ -48,26 +48,32 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.argsort(random_bits(seed, epoch, torch.arange(count), ORDER), stable=True)
 
 
-def crop_and_flip(
-    images: Tensor, index: Tensor, *, seed: int, epoch: int, padding: int, flip: bool, view: int = 0
-) -> Tensor:
-    """One view of each image, equal in distribution to torchvision's RandomCrop(size, padding) and
-    RandomHorizontalFlip.
+def view_count(padding: int, flip: bool) -> int:
+    """How many different views an image has: 162 under the customary padding of 4 and flip."""
+    return (2 * padding + 1) ** 2 * (2 if flip else 1)
 
-    `images` uint8 [B, C, H, W] and `index` int64 [B], the images' positions in the training data; the border is black,
-    as in the customary order of crop before normalisation. `view` numbers independent views of one epoch.
+
+def draw_views(index: Tensor, *, seed: int, epoch: int, padding: int, flip: bool, view: int = 0) -> Tensor:
+    """The number of each image's view, [B] int64 in 0 .. view_count - 1, uniform over them.
+
+    `index` [B] holds the images' positions in the training data; `view` numbers independent views of one epoch.
     """
-    bits = random_bits(seed, epoch, index, FIRST_VIEW + view)
+    return random_bits(seed, epoch, index, FIRST_VIEW + view) % view_count(padding, flip)
+
+
+def crop_and_flip(images: Tensor, views: Tensor, padding: int) -> Tensor:
+    """Views of uint8 images [B, C, H, W] by their numbers [B].
+
+    With uniform numbers this is torchvision's RandomCrop(size, padding) followed by RandomHorizontalFlip; the border is
+    black, as in the customary order of crop before normalisation.
+    """
+    offsets = 2 * padding + 1
+    down, right, mirrored = views % offsets, views // offsets % offsets, views >= offsets**2
     if padding:
         height, width = images.shape[2:]
-        offsets = 2 * padding + 1
-        down, right = bits % offsets, (bits // offsets) % offsets
         windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
         images = windows[torch.arange(len(images), device=images.device), :, down, right]
-    if flip:
-        mirrored = ((bits >> 40) & 1).bool()
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Knowledge distillation (KD): Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531."""
+"""Knowledge distillation (KD): Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531."""
 
 from torch import Tensor
 from torch.nn import functional as F

@@ -32,6 +32,7 @@ IGNORED: list[Any] = [
     (_Ignored, name)
     for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 ]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 PROGRAM_MEMBERS = ("constants.pkl", "archive_format", "serialized_exported_program.json")
 """Members of a zip archive that only TorchScript or torch.export write."""
@@ -49,7 +50,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     named = content if isinstance(content, dict) else {}
     tensors = {name: value for name, value in named.items() if isinstance(name, str) and _is_plain(value)}
     if not tensors:
-        found = f"a dict of {', '.join(map(str, list(named)[:5]))}" if named else f"a {type(content).__name__}"
+        found = f"a dict of {', '.join(map(repr, list(named)[:5]))}" if named else f"a {type(content).__name__}"
         raise UserError(f"{path} holds {found} but no weights by name: give a file that holds a state dict.")
     return _without_prefixes(tensors)
 
@@ -66,10 +67,10 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable.") from error
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read: give yourself the permission.") from error
     except Exception as error:  # a damaged file fails in every way that readers of zip and pickle can
-        wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if wanted:
             hint = "give a file that holds a state dict alone"
             raise UserError(f"{path} asks for {wanted[1]}, which could execute code, refused: {hint}.") from error
@@ -84,13 +85,10 @@ def _is_program(path: Path) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether this is a tensor of real numbers in memory, as all weights are, whatever else a file could rebuild."""
-    return (
-        isinstance(value, Tensor)
-        and value.device.type == "cpu"
-        and value.layout is torch.strided
-        and not (value.is_nested or value.is_quantized or value.is_complex())
-    )
+    """Whether this is a tensor such as weights are; a file can rebuild sparse, quantised and nested ones too."""
+    if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_nested:
+        return False
+    return value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,8 +116,9 @@ def load_weights(network: Network, path: Path) -> None:
         raise UserError(f"{path} was trained on {counts}: give a checkpoint of a network for the same classes.")
     wrong = _differences(expected, tensors)
     if wrong:
-        count = f"{len(wrong)} of its weights do not fit, the first: {wrong[0]}"
-        raise UserError(f"{path} holds another architecture than {_describe(network)}, {count}; give one that fits.")
+        count = f"{len(wrong)} names or shapes differ, the first: {wrong[0]}"
+        raise UserError(f"{path} does not hold {_describe(network)} ({count}): choose the architecture of the file.")
+    tensors = {name: value.to(expected[name].dtype) for name, value in tensors.items()}
     bad = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise UserError(f"{path} holds NaN or infinite weights, the first in {bad}: give another checkpoint.")
@@ -127,22 +126,22 @@ def load_weights(network: Network, path: Path) -> None:
 
 
 def _differences(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    """A phrase for each name that does not fit, in the network's order; files of 2019 may lack batch norm's counters."""
-    wrong = []
+    """A phrase for each name that does not fit, in the network's order."""
+    wrong = []  # without batch norm's counters, which files of 2019 lack and load_state_dict fills in
     for name, value in expected.items():
         if name not in tensors and not name.endswith("num_batches_tracked"):
             wrong.append(f"{name} is missing")
         elif name in tensors and tensors[name].shape != value.shape:
             wrong.append(f"{name} is {list(tensors[name].shape)} instead of {list(value.shape)}")
-    return wrong + [f"{name} is unknown" for name in tensors if name not in expected]
+    return wrong + [f"{name!r} is unknown" for name in tensors if name not in expected]
 
 
 def _describe(network: nn.Module) -> str:
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"this {type(network).__name__} of {parameters:,} parameters"
+    return f"the weights of a {type(network).__name__} of {parameters:,} parameters"
 
 
-def save_weights(network: nn.Module, path: Path, **facts: Any) -> None:
+def save_weights(network: nn.Module, path: Path, /, **facts: Any) -> None:
     """Write `{"model": state dict, **facts}` as a whole or not at all.
 
     Facts are plain types (numbers, strings, lists and dicts of them), so that `torch.load(weights_only=True)` reads it.

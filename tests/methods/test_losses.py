@@ -45,7 +45,7 @@ LOSSES: dict[str, Loss] = {"kd": kd, "tckd": tckd_loss, "nckd": nckd_loss} | {
 DIVERGENCES = ("kd", "tckd", "nckd")
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
-properties = settings(deadline=None, max_examples=40)
+properties = settings(deadline=None, max_examples=20)
 
 
 # The formulas, stated once more
@@ -126,16 +126,14 @@ def expected(name: str, u: list[float], v: list[float], t: int, temperature: flo
     return Expected(-temperature * weight * confidence, slope, temperature * error * (1 + abs(confidence)), error)
 
 
-def expected_mean(name: str, student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Expected:
-    """The mean over the batch, and the gradient of each row as one flat list."""
+def expected_rows(name: str, student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> list[Tensor]:
+    """Of each sample, in float64: the value [B], the gradient [B, C], and the error of either, [B] and [B, 1]."""
     rows = zip(student.tolist(), teacher.tolist(), target.tolist(), strict=True)
     samples = [expected(name, u, v, t, temperature) for u, v, t in rows]
-    return Expected(
-        math.fsum(sample.value for sample in samples) / len(samples),
-        [g / len(samples) for sample in samples for g in sample.gradient],
-        math.fsum(sample.value_error for sample in samples) / len(samples),
-        max(sample.gradient_error for sample in samples) / len(samples),
+    value, gradient, value_error, gradient_error = (
+        torch.tensor(column, dtype=torch.float64) for column in zip(*samples, strict=True)
     )
+    return [value, gradient, value_error, gradient_error[:, None]]
 
 
 def measured(name: str, student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -146,28 +144,35 @@ def measured(name: str, student: Tensor, teacher: Tensor, target: Tensor, temper
     return value.detach(), gradient
 
 
-def assert_close(actual: Tensor, wanted: Any, rtol: float, atol: float) -> None:
-    wanted = torch.as_tensor(wanted, dtype=torch.float64).reshape(actual.shape)
-    assert torch.isfinite(actual).all()
-    torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=atol)
+def assert_within(actual: Tensor, wanted: Tensor, allowed: Tensor) -> None:
+    error = (actual.double() - wanted).abs()
+    worst = int((error / allowed).argmax())
+    found, right, bound = (x.flatten()[worst].item() for x in (actual, wanted, allowed))
+    assert (error <= allowed).all(), f"{found} at {worst} where {right} is right, within {bound}"
 
 
 def assert_agrees(name: str, student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> None:
-    """Value and gradient of the implementation within rounding of the closed forms for the very same inputs.
+    """Values and gradients of the implementation within rounding of the closed forms for the very same inputs.
 
-    Losses are computed in float32 or float64; the gradient is then rounded to the precision of the inputs, which has a
-    smallest number too.
+    Each sample's value on its own, so that no large one hides a small one; then their mean and its gradient. Losses are
+    computed in float32 or float64; the gradient is then rounded to the precision of the inputs, which has a smallest
+    number too.
     """
-    computed = torch.promote_types(student.dtype, torch.float32)
+    computed, inputs = torch.promote_types(student.dtype, torch.float32), torch.finfo(student.dtype)
     unit = UNITS * torch.finfo(computed).eps
-    wanted = expected_mean(name, student, teacher, target, temperature)
+    values, gradients, value_error, gradient_error = expected_rows(name, student, teacher, target, temperature)
+    singly = zip(student.split(1), teacher.split(1), target.split(1), strict=True)
+    actual = torch.stack([LOSSES[name](*sample, temperature) for sample in singly])
+    assert actual.dtype == computed
+    allowed = unit * (values.abs() + value_error)
+    assert_within(actual, values, allowed)
+
     value, gradient = measured(name, student, teacher, target, temperature)
-    assert value.dtype == computed
     assert gradient.dtype == student.dtype
-    assert_close(value, wanted.value, rtol=unit, atol=unit * wanted.value_error)
-    inputs = torch.finfo(student.dtype)
-    atol = unit * wanted.gradient_error + inputs.smallest_normal * inputs.eps
-    assert_close(gradient, wanted.gradient, rtol=unit + inputs.eps / 2, atol=atol)
+    assert_within(value, values.mean(), allowed.mean())
+    rounding = inputs.eps * gradients.abs() / 2
+    allowed = (unit * (gradients.abs() + gradient_error) + rounding) / len(student)
+    assert_within(gradient, gradients / len(student), allowed + inputs.smallest_normal * inputs.eps)
 
 
 def random_case(classes: int, dtype: torch.dtype, batch: int = 6, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,14 +235,11 @@ def test_autograd_is_the_numerical_gradient(name: str):
 
 TAIL = [0.3, -1.2, 0.7, 0.1]
 EXTREMES = {
-    "target takes all": [1e4, -1e4, -1e4, -1e4, -1e4],
-    "target takes all, ordinary tail": [1e4, *TAIL],
-    "target has nothing": [-1e4, 1e4, -1e4, -1e4, -1e4],
+    "target takes all": [1e4, *TAIL],
+    "target has nothing, others tie": [-1e4, 1e4, 1e4, -1e4, -1e4],
     "target has nothing, ordinary tail": [-1e4, *TAIL],
-    "all but the target tie": [-1e4, 1e4, 1e4, 1e4, 1e4],
-    "two tie": [1e4, 1e4, -1e4, -1e4, -1e4],
-    "all equal, high": [1e4] * 5,
-    "all equal": [0.0] * 5,
+    "target ties": [1e4, 1e4, -1e4, -1e4, -1e4],
+    "all equal": [1e4] * 5,
     "ordinary": [1.0, *TAIL],
     "ordinary, far from zero": [9992.0, 9984.0, 10000.0, 9976.0, 9992.0],
     "target nearly takes all": [60.0, *TAIL],
@@ -249,12 +251,10 @@ EXTREMES = {
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_extreme_logits(name: str, temperature: float, dtype: torch.dtype):
-    """Each student meets each teacher on its own, so that no large value hides a small one."""
+    """Each student meets each teacher."""
     rows = torch.tensor(list(EXTREMES.values())).to(dtype)
-    target = torch.tensor([0])
-    for student in rows.split(1):
-        for teacher in rows.split(1):
-            assert_agrees(name, student, teacher, target, temperature)
+    student, teacher = rows.repeat_interleave(len(rows), dim=0), rows.repeat(len(rows), 1)
+    assert_agrees(name, student, teacher, torch.zeros(len(student), dtype=torch.int64), temperature)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -518,17 +518,15 @@ def test_terms_read_their_own_logits(method: str, names: set[str]):
     for name, term in terms.items():
         of_own, of_distilled = torch.autograd.grad(term, (own, distilled), retain_graph=True, allow_unused=True)
         if name == "cross_entropy":
-            rows = [log_softmax(row, 1.0) for row in own.tolist()]
-            losses = [-row[t] for row, t in zip(rows, target.tolist(), strict=True)]
-            p = torch.tensor(rows, dtype=torch.float64).exp()
-            assert_close(term.detach(), math.fsum(losses) / BATCH, rtol=1e-12, atol=0)
-            assert_close(of_own, (p - torch.eye(10)[target]) / BATCH, rtol=1e-12, atol=1e-15)
+            log_p = torch.tensor([log_softmax(row, 1.0) for row in own.tolist()], dtype=torch.float64)
+            same(term, -log_p.gather(1, target[:, None]).mean())
+            same(of_own, (log_p.exp() - torch.eye(10)[target]) / BATCH)
             assert of_distilled is None
         else:
             stated = "ratio" if name == "explicit_transfer" else name
-            wanted = expected_mean(stated, distilled.detach(), teacher, target, 4.0)
-            assert_close(term.detach(), wanted.value, rtol=1e-12, atol=0)
-            assert_close(of_distilled, wanted.gradient, rtol=1e-12, atol=1e-14)
+            values, gradients, *_ = expected_rows(stated, distilled, teacher, target, 4.0)
+            same(term, values.mean())
+            same(of_distilled, gradients / BATCH)
             assert of_own is None
 
 

@@ -1,0 +1,443 @@
+"""Checkpoints of every promised format load, and no file of any other kind does harm or ends in a traceback."""
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.models.checkpoints import load_weights, read_state_dict, save_weights, weights_digest
+from src.models.network import Network
+from src.models.resnet import resnet8, resnet20, resnet56
+from src.models.slimnet import slimnet_300k, slimnet_600k
+from src.models.wide_resnet import wrn_16_1
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def state() -> State:
+    torch.manual_seed(0)
+    return trained(resnet8(10)).state_dict()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "network.pth"
+
+
+def trained(network: Network) -> Network:
+    """With statistics of batch norms that differ from a fresh network's."""
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, 32, 32))
+    return network.eval()
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def optimizer_state() -> dict[str, Any]:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def lightning(state: State, prefix: str) -> dict[str, Any]:
+    others = {"method.classifier.weight": torch.ones(2), "serialization.layer.weight": torch.ones(2, 2)}
+    return {
+        "epoch": 3,
+        "global_step": 12,
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": {**others, **prefixed(prefix, state)},
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {},
+        "optimizer_states": [optimizer_state()],
+        "lr_schedulers": [],
+    }
+
+
+def teacher_state() -> State:
+    return {"conv1.weight": torch.zeros(16, 3, 3, 3), "fc.bias": torch.zeros(10)}
+
+
+FORMATS: dict[str, Callable[[State], Any]] = {
+    "last epoch of RepDistiller and mdistiller": lambda state: {
+        "epoch": 240,
+        "model": state,
+        "accuracy": torch.tensor(72.3),
+        "optimizer": optimizer_state(),
+    },
+    "best of RepDistiller": lambda state: {"epoch": 199, "model": state, "best_acc": torch.tensor(72.3)},
+    "best as a numpy double": lambda state: {"model": state, "best_acc": np.float64(72.3)},
+    "best as a numpy float": lambda state: {"model": state, "best_acc": np.float32(72.3), "epoch": np.int64(3)},
+    "last of RepDistiller": lambda state: {
+        "opt": argparse.Namespace(model="resnet8", lr_decay_epochs=[150, 180], learning_rate=0.05, gpu=None),
+        "model": state,
+    },
+    "student of mdistiller": lambda state: {"model": state},
+    "distiller of mdistiller": lambda state: {
+        "model": {**prefixed("module.student.", state), **prefixed("module.teacher.", teacher_state())}
+    },
+    "DataParallel": lambda state: {"best_prec1": 91.7, "state_dict": prefixed("module.", state)},
+    "DataParallel under model": lambda state: {"model": prefixed("module.", state)},
+    "torch.compile": lambda state: {"state_dict": prefixed("_orig_mod.", state)},
+    "torch.compile in DDP": lambda state: {"model": prefixed("module._orig_mod.", state)},
+    "Lightning": lambda state: lightning(state, "student."),
+    "Lightning with torch.compile": lambda state: lightning(state, "student._orig_mod."),
+    "bare": lambda state: state,
+    "bare with a prefix": lambda state: prefixed("module.", state),
+    "other things beside weights": lambda state: {**state, "note": "x", "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_promised_format_loads(form: str, zipped: bool, file: Path, state: State):
+    torch.save(FORMATS[form](state), file, _use_new_zipfile_serialization=zipped)
+    read = read_state_dict(file)
+    assert type(read) is dict
+    assert list(read) == list(state)
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+    network = resnet8(10)
+    load_weights(network, file)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_numpy_numbers_of_either_numpy_load(file: Path, state: State):
+    torch.save({"model": state, "best_acc": np.float64(1)}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    new, old = b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
+    assert (new in content) != (old in content)
+    for one, other in ((new, old), (old, new)):
+        file.write_bytes(content.replace(one, other))
+        assert list(read_state_dict(file)) == list(state)
+
+
+def test_files_from_before_the_counters_of_batch_norm_load(file: Path, state: State):
+    torch.save({"model": {name: value for name, value in state.items() if "num_batches" not in name}}, file)
+    network = resnet8(10)
+    load_weights(network, file)
+    restored = network.state_dict()
+    assert all(torch.equal(restored[name], state[name]) for name in state if "num_batches" not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_load_as_float32(dtype: torch.dtype, file: Path, state: State):
+    torch.save({name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}, file)
+    network = resnet8(10)
+    load_weights(network, file)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    weight = state["layer3.0.conv2.weight"]
+    assert torch.equal(network.state_dict()["layer3.0.conv2.weight"], weight.to(dtype).float())
+
+
+# --------------------------------------------------------------------------------------------- files that are refused
+
+
+class Hostile:
+    """Creates a file when unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("place", ["top", "beside", "inside", "options"])
+def test_a_hostile_pickle_does_not_run(place: str, zipped: bool, file: Path, state: State, tmp_path: Path):
+    marker = tmp_path / "executed"
+    hostile = Hostile(marker)
+    content = {
+        "top": hostile,
+        "beside": {"model": state, "epoch": hostile},
+        "inside": {"model": {**state, "fc.bias": hostile}},
+        "options": {"model": state, "opt": argparse.Namespace(x=hostile)},
+    }[place]
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"asks for \S*open, which could execute code, refused"):
+        read_state_dict(file)
+    assert not marker.exists()
+
+    torch.load(file, weights_only=False)
+    assert marker.exists(), "the payload is live"
+
+
+def test_a_pickled_network_is_refused_by_name(file: Path):
+    torch.save(resnet8(10), file)
+    with pytest.raises(UserError, match=r"asks for src\.models\.resnet\.CifarResNet, .*refused.*state dict"):
+        read_state_dict(file)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_programs_are_refused(tmp_path: Path):
+    network = nn.Linear(3, 2).eval()
+    script, exported = tmp_path / "script.pt", tmp_path / "exported.pt2"
+    torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3)), script)
+    torch.export.save(torch.export.export(network, (torch.zeros(1, 3),)), exported)
+    for file in (script, exported):
+        with pytest.raises(UserError, match=r"is a program .* refused"):
+            read_state_dict(file)
+
+
+def test_a_missing_file_a_folder_and_no_permission_are_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"nothing\.pth does not exist"):
+        read_state_dict(tmp_path / "nothing.pth")
+    with pytest.raises(UserError, match="is a folder"):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_named(file: Path):
+    save_weights(resnet8(10), file)
+    file.chmod(0)
+    with pytest.raises(UserError, match="may not be read"):
+        read_state_dict(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "a dict but no weights"),
+        ({"epoch": 3, "net": {"conv1.weight": torch.ones(2)}}, "a dict of 'epoch', 'net' but no weights"),
+        ({"model": {"epoch": 3}}, "a dict of 'epoch' but no weights"),
+        ({"model": {0: torch.ones(2)}}, "but no weights"),
+        ([torch.ones(2)], "a list but no weights"),
+        (torch.ones(2), "a Tensor but no weights"),
+        (None, "a NoneType but no weights"),
+        ({"w": torch.ones(2, device="meta")}, "but no weights"),
+        ({"w": torch.eye(2).to_sparse()}, "but no weights"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "but no weights"),
+        ({"w": torch.ones(2, dtype=torch.bool)}, "but no weights"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_files_without_weights_are_refused(content: Any, message: str, file: Path):
+    torch.save(content, file)
+    with pytest.raises(UserError, match=message):
+        read_state_dict(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello world\n",
+        b"<!DOCTYPE html>\n<html>404</html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        pickle.dumps({"model": 1}, protocol=2),
+        pickle.dumps({"model": 1}, protocol=4),
+        b"PK\x03\x04" + bytes(60),
+        bytes(1000),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_files_of_other_kinds_are_refused(content: bytes, file: Path):
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        read_state_dict(file)
+
+
+def test_a_zip_of_arrays_is_refused(tmp_path: Path):
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        read_state_dict(tmp_path / "arrays.npz")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_beginning_of_a_file_loads(zipped: bool, file: Path):
+    torch.save({"model": nn.Linear(2, 2).state_dict()}, file, _use_new_zipfile_serialization=zipped)
+    content = file.read_bytes()
+    assert len(read_state_dict(file)) == 2
+    for length in (*range(0, len(content), 7), len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"network\.pth"):
+            read_state_dict(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_flipped_bit_never_ends_in_a_traceback(zipped: bool, file: Path):
+    torch.save({"model": nn.Linear(2, 2).state_dict()}, file, _use_new_zipfile_serialization=zipped)
+    content = file.read_bytes()
+    refused = 0
+    for place in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            assert all(isinstance(value, Tensor) for value in read_state_dict(file).values())
+        except UserError:
+            refused += 1
+    assert refused > 20
+
+
+# ------------------------------------------------------------------------------------------ weights that do not belong
+
+
+def change(state: State, **changes: Tensor | None) -> State:
+    """With entries replaced or (None) removed; `__` in a name stands for a point."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in {**state, **named}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: change(s, fc__weight=torch.ones(7, 64), fc__bias=torch.ones(7)), "on 7 classes .* network has 10"),
+        (lambda s: change(s, bn1__bias=None), r"of 78,042 parameters \(1 names .* first: bn1\.bias is missing"),
+        (
+            lambda s: change(s, bn1__bias=None, fc__bias=None),
+            r"\(2 names or shapes differ, the first: bn1\.bias is missing",
+        ),
+        (lambda s: change(s, more=torch.ones(1)), r"\(1 names .* first: 'more' is unknown"),
+        (lambda s: change(s, bn1__bias=torch.ones(3)), r"\(1 names .* first: bn1\.bias is \[3\] instead of \[16\]"),
+        (lambda s: change(s, fc__weight=torch.ones(10, 3)), r"fc\.weight is \[10, 3\] instead of \[10, 64\]"),
+        (lambda s: change(s, bn1__bias=torch.full((16,), torch.nan)), r"NaN or infinite .* in bn1\.bias"),
+        (lambda s: change(s, bn1__running_var=torch.full((16,), torch.inf)), r"infinite .* bn1\.running_var"),
+        (
+            lambda s: change(s, bn1__bias=torch.full((16,), 1e300, dtype=torch.float64)),
+            r"NaN or infinite .* in bn1\.bias",
+        ),
+        (
+            lambda s: resnet20(10).state_dict(),
+            r"\(72 names .* 'layer1\.1\.conv1\.weight' is unk",
+        ),
+        (lambda s: wrn_16_1(10).state_dict(), "does not hold the weights of a CifarResNet of"),
+        (lambda s: slimnet_300k(100).state_dict(), "does not hold the weights of a CifarResNet of"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(
+    make: Callable[[State], State], message: str, file: Path, state: State
+):
+    torch.save({"model": make(state)}, file)
+    network = resnet8(10)
+    before = weights_digest(network)
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(network, file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert weights_digest(network) == before
+
+
+# ------------------------------------------------------------------------------------------------------- our own files
+
+
+@pytest.mark.parametrize("make", [resnet8, wrn_16_1, slimnet_300k])
+def test_what_is_saved_loads_anywhere_and_answers_alike(make: Callable[[int], Network], file: Path):
+    network = trained(make(10)).to(memory_format=torch.channels_last)
+    save_weights(network, file, network="student", class_names=["a", "b"], accuracy=0.5)
+
+    content = torch.load(file, weights_only=True)
+    assert {key: value for key, value in content.items() if key != "model"} == {
+        "network": "student",
+        "class_names": ["a", "b"],
+        "accuracy": 0.5,
+    }
+    assert type(content["model"]) is dict
+    assert all(value.is_contiguous() and not value.requires_grad for value in content["model"].values())
+    make(10).load_state_dict(content["model"])
+
+    copy = make(10).eval()
+    load_weights(copy, file)
+    assert weights_digest(copy) == weights_digest(network)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(copy(images), network(images))
+
+
+def test_saving_replaces_the_whole_file_or_leaves_it(file: Path):
+    first, second = resnet8(10), resnet8(10)
+    save_weights(first, file)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        save_weights(second, file, fact=lambda: None)
+    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+    loaded = resnet8(10)
+    load_weights(loaded, file)
+    assert weights_digest(loaded) == weights_digest(first)
+
+    save_weights(second, file)
+    load_weights(loaded, file)
+    assert weights_digest(loaded) == weights_digest(second)
+    assert [entry.name for entry in file.parent.iterdir()] == [file.name]
+
+
+def test_digest_is_that_of_the_weights_alone():
+    network, other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Sequential(nn.Conv2d(3, 4, 3))
+    digest = weights_digest(network)
+    assert len(digest) == 64
+    assert weights_digest(network.to(memory_format=torch.channels_last)) == digest
+    assert weights_digest(network.train().requires_grad_(False)) == digest
+    assert weights_digest(other) != digest
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda network: network[0].weight.data[0, 0, 0, 0].add_(1e-6),
+        lambda network: network[1].running_mean[0].add_(1e-6),
+        lambda network: network[1].num_batches_tracked.add_(1),
+        lambda network: network[0].weight.data.copy_(network[0].weight.data.flip(0)),
+        lambda network: network.half(),
+        lambda network: network.register_module("2", nn.BatchNorm2d(4)),
+    ],
+)
+def test_digest_tells_every_change(alter: Callable[[nn.Sequential], Any]):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    digest = weights_digest(network)
+    alter(network)
+    assert weights_digest(network) != digest
+
+
+def test_digest_is_a_fixed_number():
+    layer = nn.Linear(2, 1)
+    layer.load_state_dict({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([0.5])})
+    assert weights_digest(layer) == "5c2c34ff2e955b1c180be428ae1fedef70d06fad13ceea73b8b8686aeee15afe"
+
+
+# ----------------------------------------------------------------------------------------------------- published files
+
+
+@pytest.fixture
+def real() -> Path:
+    if "AEKT_DATA" not in os.environ:
+        pytest.skip("AEKT_DATA names no folder with cifar100.npz and teachers/")
+    return Path(os.environ["AEKT_DATA"])
+
+
+SLIMNETS = [(slimnet_600k, "slimnet_600k_cifar100.pth", 71.74), (slimnet_300k, "slimnet_300k_cifar100.pth", 68.47)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "name", "published"), SLIMNETS, ids=["600k", "300k"])
+@torch.no_grad()
+def test_published_networks_reach_their_accuracy(make: Callable[[], Network], name: str, published: float, real: Path):
+    network = make()
+    load_weights(network, real / "teachers" / name)
+    network.eval().to(memory_format=torch.channels_last)
+    with np.load(real / "cifar100.npz", allow_pickle=False) as arrays:
+        images = torch.from_numpy(arrays["test_images"][:1000]).permute(0, 3, 1, 2) / 255
+        labels = torch.from_numpy(arrays["test_labels"][:1000]).long()
+    mean, std = torch.tensor([0.5071, 0.4867, 0.4408]), torch.tensor([0.2675, 0.2565, 0.2761])
+    images = (images - mean[:, None, None]) / std[:, None, None]
+    predicted = torch.cat([network(part).argmax(1) for part in images.split(250)])
+    assert 100 * (predicted == labels).float().mean().item() == pytest.approx(published, abs=3)
+
+
+def test_published_networks_of_another_kind_are_read_and_refused(real: Path):
+    file = real / "teachers" / "resnet56_cifar10_option_a.th"
+    assert next(iter(read_state_dict(file))) == "conv1.weight"
+    with pytest.raises(UserError, match="does not hold the weights of a CifarResNet"):
+        load_weights(resnet56(10), file)
