@@ -158,7 +158,7 @@ class Distiller(L.LightningModule):
     def _check(self, loss: Tensor, batch_idx: int) -> None:
         if torch.isfinite(loss):
             return
-        values = ", ".join(f"{name} {float(term):.4g}" for name, term in self.weighted_terms.items())
+        values = ", ".join(f"{name} {float(term.detach()):.4g}" for name, term in self.weighted_terms.items())
         raise UserError(
             f"The loss is not finite in epoch {self.current_epoch}, batch {batch_idx} ({values}): the last "
             "checkpoint is kept; try a lower schedule.learning_rate, a lower weight of the term that grew, or "

@@ -63,7 +63,7 @@ def _row(runs: Sequence[Finished]) -> list[str]:
         runs[0].label,
         str(len(runs)),
         test("accuracy"),
-        spread([100 * result["best_epoch"]["accuracy"] for result in results], 1),
+        spread([100 * result["best_epoch"]["accuracy"] for result in results], 1) if first["best_epoch"] else "-",
         test("top5"),
         test("nll", 1),
         test("ece"),

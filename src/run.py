@@ -215,11 +215,16 @@ class History(Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             write_rows(self.file, self.rows)
-            split = "val" if "val/accuracy" in row else "test"
-            progress = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {row['train/loss']:.3f}"
-            log.info(
-                "%s  %s accuracy %.2f %%  (%.0f s)", progress, split, 100 * row[f"{split}/accuracy"], row["seconds"]
-            )
+            log.info("%s", _line(trainer, row))
+
+
+def _line(trainer: Trainer, row: Mapping[str, float]) -> str:
+    """An epoch for the log."""
+    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"loss {row['train/loss']:.3f}"]
+    for split in ("val", "test"):
+        if f"{split}/accuracy" in row:
+            parts.append(f"{split} accuracy {100 * row[f'{split}/accuracy']:.2f} %")
+    return "  ".join([*parts, f"({row['seconds']:.0f} s)"])
 
 
 def write_rows(file: Path, rows: list[dict[str, float]]) -> None:

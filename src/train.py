@@ -4,7 +4,7 @@ import copy
 import itertools
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +163,13 @@ def summarise(
     """The run's result: the last epoch first, the best beside it and named so; fractions of 1, NLL in nats, seconds."""
     rows = read_history(folder.path)
     split = data.validates_on
-    best = max((row for row in rows if f"{split}/accuracy" in row), key=lambda row: row[f"{split}/accuracy"])
-    if split == "val":
+    scores = {split: _of(rows[-1], split)}
+    if not scores.get("test"):  # validation was on held-out images, or skipped in the last epoch
         tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
-        scores = {"test": _of(tested, "test"), "val": _of(rows[-1], "val")}
-    else:
-        scores = {"test": _of(rows[-1], "test")}
+        scores = {"test": _of(tested, "test"), **({"val": scores["val"]} if split == "val" else {})}
     return {
         **scores,
-        "best_epoch": {"split": split, "epoch": int(best["epoch"]), "accuracy": best[f"{split}/accuracy"]},
+        "best_epoch": best_epoch(rows, split),
         "seconds": sum(row["seconds"] for row in rows),
         "parameters": {
             "student": count(distiller.student),
@@ -191,6 +189,15 @@ def summarise(
     }
 
 
+def best_epoch(rows: Sequence[Mapping[str, float]], split: str) -> dict[str, Any] | None:
+    """The epoch of the highest accuracy on a split, chosen with hindsight; None where no epoch was scored."""
+    scored = [row for row in rows if f"{split}/accuracy" in row]
+    if not scored:
+        return None
+    best = max(scored, key=lambda row: row[f"{split}/accuracy"])
+    return {"split": split, "epoch": int(best["epoch"]), "accuracy": best[f"{split}/accuracy"]}
+
+
 def _of(metrics: Mapping[str, float], split: str) -> dict[str, float]:
     return {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
 
@@ -208,7 +215,7 @@ def main(cfg: DictConfig) -> float | None:
     finally:
         if "wandb" in sys.modules:  # the next job of a multirun must not log into this one's run
             sys.modules["wandb"].finish()
-    return result["val"]["accuracy"] if "val" in result else None
+    return result.get("val", {}).get("accuracy")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,12 @@ def learning_curves(groups: Sequence[Sequence[Finished]]) -> Figure:
         for colour, runs in zip(COLOURS, groups, strict=False):
             for run in runs:
                 rows = run.history()
-                split = run.result["best_epoch"]["split"]
-                epochs = [row["epoch"] + 1 for row in rows]
-                axes.plot(epochs, [100 * row[f"{split}/accuracy"] for row in rows], color=colour, lw=1.8, alpha=0.85)
+                split = "val" if "val" in run.result else "test"
+                points = [
+                    (row["epoch"] + 1, 100 * row[f"{split}/accuracy"]) for row in rows if f"{split}/accuracy" in row
+                ]
+                marker = "o" if len(points) == 1 else None
+                axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, alpha=0.85, marker=marker)
             final = np.mean([100 * run.result["test"]["accuracy"] for run in runs])
             ends.append((final, f"{runs[0].result['student']}  {runs[0].label}  {final:.1f} %", colour))
         for (_, text, colour), height in zip(ends, _apart([end[0] for end in ends], axes.get_ylim()), strict=True):

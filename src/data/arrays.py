@@ -8,7 +8,6 @@ superclass_names.
 import hashlib
 import os
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from src.errors import UserError
 
 LARGEST = 64 * 2**30
 """Bytes; a file that claims more is refused before anything is read."""
-LARGEST_RATIO = 1000
-"""Deflate cannot do better on honest data: a file that claims more is a bomb."""
+LARGEST_RATIO = 200
+"""How far an array of 256 MiB or more may be compressed: images never are by as much, a bomb is."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,28 @@ def load_arrays(path: Path) -> ImageArrays:
     """Read an array file. Raises `UserError` where it is missing, damaged, or not of the format above."""
     if not path.is_file():
         raise UserError(f"{path} is no file: give an array file (.npz) by data.path.")
-    digest = _inspect(path)
     try:
+        digest = _inspect(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except ValueError as error:
+    except UserError:
+        raise
+    except Exception as error:  # damage makes zipfile, zlib and numpy raise nearly anything
         if "allow_pickle" in str(error):
             raise UserError(
                 f"{path} holds pickled objects, which could execute code: refused; save plain arrays."
             ) from None
-        raise UserError(f"{path} is damaged ({error}): get it again.") from None
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, MemoryError) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again.") from None
+        raise UserError(f"{path} is damaged or no .npz file ({error}): get it again.") from None
     return _checked(path, arrays, digest)
 
 
 def _inspect(path: Path) -> str:
     """A digest from the archive's directory, whose CRC-32 sums reading verifies, after a check of the sizes."""
-    try:
-        members = zipfile.ZipFile(path).infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is damaged or no .npz file ({error}): get it again.") from None
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
     claimed = sum(member.file_size for member in members)
-    if claimed > LARGEST or any(m.file_size > LARGEST_RATIO * max(m.compress_size, 1) for m in members):
+    bomb = any(m.file_size >= 2**28 and m.file_size > LARGEST_RATIO * m.compress_size for m in members)
+    if claimed > LARGEST or bomb:
         raise UserError(f"{path} claims {claimed:,} bytes of arrays, more than is believable: refused.")
     listed = sorted((member.filename, member.file_size, member.CRC) for member in members)
     return hashlib.sha256(repr(listed).encode()).hexdigest()
@@ -79,6 +77,9 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageArr
     missing = [name for name in missing if name not in arrays]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: see src/data/arrays.py for the format.")
+    no_arrays = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if no_arrays:
+        raise UserError(f"{path}: {', '.join(no_arrays)} is no array: save it by numpy.savez.")
     labels = {split: arrays[f"{split}_labels"] for split in ("train", "test")}
     names = arrays.get("class_names", np.array([str(i) for i in range(_highest(labels["train"]) + 1)]))
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2:
@@ -87,7 +88,7 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageArr
         _check_split(path, split, arrays[f"{split}_images"], labels[split], len(names))
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise UserError(f"{path}: training and test images differ in size.")
-    superclasses = _superclasses(arrays, labels["train"], len(names))
+    superclasses = _superclasses(path, arrays, labels["train"], len(names))
     return ImageArrays(
         train_images=torch.from_numpy(arrays["train_images"]).permute(0, 3, 1, 2),
         train_labels=torch.from_numpy(labels["train"].astype(np.int64)),
@@ -101,7 +102,9 @@ def _checked(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageArr
 
 
 def _highest(labels: np.ndarray) -> int:
-    return int(labels.max()) if labels.ndim == 1 and labels.size and labels.dtype.kind in "ui" else 1
+    """The largest label; at most the number of labels, so that a wild one makes no billion class names."""
+    counted = labels.ndim == 1 and labels.size and labels.dtype.kind in "ui"
+    return max(1, min(int(labels.max()), len(labels))) if counted else 1
 
 
 def _check_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -117,20 +120,37 @@ def _check_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray,
         raise UserError(f"{path}: {split}_labels reach from {labels.min()} to {labels.max()}, with {classes} classes.")
 
 
-def _superclasses(arrays: dict[str, np.ndarray], labels: np.ndarray, classes: int) -> tuple[int, ...] | None:
+def _superclasses(
+    path: Path, arrays: dict[str, np.ndarray], labels: np.ndarray, classes: int
+) -> tuple[int, ...] | None:
     if "superclass_names" not in arrays or "train_superclass_labels" not in arrays:
         return None
+    names, of_images = arrays["superclass_names"], arrays["train_superclass_labels"]
+    fit = (
+        names.ndim == 1 and names.dtype.kind == "U" and of_images.dtype.kind in "ui" and of_images.shape == labels.shape
+    )
+    if not fit or of_images.min() < 0 or of_images.max() >= len(names):
+        raise UserError(
+            f"{path}: train_superclass_labels must be one superclass per image, an index of superclass_names."
+        )
     of = np.zeros(classes, dtype=np.int64)
-    of[labels] = arrays["train_superclass_labels"]
+    of[labels] = of_images
+    if (of[labels] != of_images).any():
+        raise UserError(f"{path}: train_superclass_labels put images of one class into several superclasses.")
     return tuple(int(superclass) for superclass in of)
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an array file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write an array file as a whole or not at all. Raises `UserError` where the folder cannot be written."""
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        np.savez(partial, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            np.savez(partial, **arrays)  # type: ignore[arg-type]
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path} ({error.strerror or error}): choose another folder by data.root or AEKT_DATA."
+        ) from None

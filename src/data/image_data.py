@@ -52,7 +52,7 @@ class EpochBatches(Sampler[list[int]]):
     batch.
 
     Shuffled (training): the last batch keeps a multiple of the number of devices. In order (evaluation): every
-    position once over all devices.
+    position once over all devices, in batches of nearly one size, so that every device has equally many.
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class EpochBatches(Sampler[list[int]]):
         index: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
+        epoch: int = 0,
     ) -> None:
         self.size, self.batch_size, self.seed, self.index = size, batch_size, seed, index
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch = epoch
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,7 +82,7 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.arange(self.size) if self.seed is None else epoch_order(self.seed, self.epoch, self.size)
         rows = order if self.index is None else self.index[order]
-        for batch in rows.split(self.batch_size):
+        for batch in rows.split(self.batch_size) if self.seed is not None else rows.tensor_split(len(self)):
             if self.seed is not None:
                 batch = batch[: len(batch) - len(batch) % self.world_size]
             if share := batch[self.rank :: self.world_size].tolist():
@@ -185,6 +186,7 @@ class ImageData(L.LightningDataModule):
             index=self.train_index,
             rank=rank,
             world_size=world_size,
+            epoch=self._first_epoch(),
         )
         return self._loader(BatchReader(self.arrays.train_images, self.arrays.train_labels), batches)
 
@@ -225,6 +227,12 @@ class ImageData(L.LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _first_epoch(self) -> int:
+        """The epoch that is resumed: workers fetch its first batches before Lightning calls set_epoch."""
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.data.arrays import save_arrays
 from src.data.image_data import EpochBatches, ImageData, Samples
-from src.data.views import crop_and_flip
+from src.data.views import crop_and_flip, draw_views
 from src.errors import UserError
 from tests.data.conftest import arrays
 
@@ -222,12 +222,12 @@ def test_augmentation_makes_the_views_asked_for(make_data: Make) -> None:
     data.views = 2
     batch = batches(data.train_dataloader())[0]
     augmented = data.augment(batch, 7)
-    options: dict[str, Any] = {"seed": 0, "epoch": 7, "padding": 2, "flip": True}
-    expected = [crop_and_flip(batch.images[0], batch.index, **options, view=view) for view in (0, 1)]
-    assert len(augmented.images) == 2
-    for got, wanted in zip(augmented.images, expected, strict=True):
-        assert torch.equal(got, wanted)
-    assert not torch.equal(*expected)
+    assert data.view_count == 5 * 5 * 2
+    assert len(augmented.images) == len(augmented.views) == 2
+    for view, (images, numbers) in enumerate(zip(augmented.images, augmented.views, strict=True)):
+        assert torch.equal(numbers, draw_views(batch.index, seed=0, epoch=7, padding=2, flip=True, view=view))
+        assert torch.equal(images, crop_and_flip(batch.images[0], numbers, padding=2))
+    assert not torch.equal(*augmented.views)
 
 
 class Recorder(L.LightningModule):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from src.data.views import crop_and_flip, epoch_order, normalise, random_bits
+from src.data.views import crop_and_flip, draw_views, epoch_order, normalise, random_bits, view_count
 
 MASK = (1 << 64) - 1
 
@@ -25,12 +25,6 @@ def splitmix(x: int) -> int:
 def noise(count: int, height: int = 8, width: int = 6) -> Tensor:
     """Images whose crops are all different."""
     return torch.randint(1, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.manual_seed(0))
-
-
-def coordinates(count: int, size: int) -> Tensor:
-    """Images of their own pixels' numbers from 1, so that a view tells its offsets."""
-    pixels = torch.arange(1, size * size + 1, dtype=torch.uint8).view(1, 1, size, size)
-    return pixels.expand(count, 3, size, size)
 
 
 def test_the_mixer_is_splitmix64() -> None:
@@ -94,87 +88,69 @@ def test_the_order_is_another_permutation_in_each_epoch() -> None:
 @given(order=st.permutations(range(10)), cut=st.integers(1, 9), view=st.integers(0, 2))
 def test_views_do_not_depend_on_the_batch(order: list[int], cut: int, view: int) -> None:
     images, index = noise(10), torch.arange(10) * 31
-    options: dict[str, Any] = {"seed": 3, "epoch": 5, "padding": 2, "flip": True, "view": view}
-    views = crop_and_flip(images, index, **options)
+
+    def made(rows: Tensor) -> Tensor:
+        numbers = draw_views(index[rows], seed=3, epoch=5, padding=2, flip=True, view=view)
+        return crop_and_flip(images[rows], numbers, padding=2)
+
+    together = made(torch.arange(10))
     shuffled = torch.tensor(order)
-    parts = [crop_and_flip(images[part], index[part], **options) for part in (shuffled[:cut], shuffled[cut:])]
-    assert torch.equal(torch.cat(parts), views[shuffled])
-
-
-def test_views_differ_by_epoch_seed_and_view() -> None:
-    images, index = noise(64), torch.arange(64)
-    base: dict[str, Any] = {"seed": 0, "epoch": 0, "padding": 4, "flip": True, "view": 0}
-    views = crop_and_flip(images, index, **base)
-    for key in ("seed", "epoch", "view"):
-        other = crop_and_flip(images, index, **{**base, key: 1})
-        same = (views == other).all(dim=(1, 2, 3)).float().mean()
-        assert same < 0.1  # 1 of 162 is expected
+    assert torch.equal(torch.cat([made(shuffled[:cut]), made(shuffled[cut:])]), together[shuffled])
 
 
 @pytest.mark.parametrize("padding", [0, 1, 4])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(8, 6), (5, 9)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_view_is_one_that_torchvision_makes(
+def test_the_numbers_run_through_torchvisions_views(
     padding: int, flip: bool, height: int, width: int, channels_last: bool
 ) -> None:
-    images = noise(50, height, width)
+    image = noise(1, height, width)
+    count = view_count(padding, flip)
+    images = image.repeat(count, 1, 1, 1)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    views = crop_and_flip(images, torch.arange(50), seed=1, epoch=2, padding=padding, flip=flip)
+    views = crop_and_flip(images, torch.arange(count), padding)
     assert views.dtype == torch.uint8
-    assert views.shape == images.shape
-    for image, view in zip(images, views, strict=True):
-        padded = tv.pad(image, [padding] * 4)
-        crops = [
-            tv.crop(padded, top, left, height, width)
-            for top in range(2 * padding + 1)
-            for left in range(2 * padding + 1)
-        ]
-        possible = crops + [tv.horizontal_flip(crop) for crop in crops] * flip
-        assert sum(torch.equal(view, made) for made in possible) == 1
+
+    padded = tv.pad(image[0], [padding] * 4)
+    offsets = range(2 * padding + 1)
+    crops = [tv.crop(padded, top, left, height, width) for left in offsets for top in offsets]
+    expected = torch.stack(crops + [tv.horizontal_flip(crop) for crop in crops] * flip)
+    assert torch.equal(views, expected)
+    assert len({view.numpy().tobytes() for view in views}) == count
 
 
-def _view_numbers(views: Tensor, size: int, padding: int) -> Tensor:
-    """Which of the 2 (2 padding + 1)^2 views each of the views of `coordinates` is, read from its middle pixels."""
-    middle = size // 2
-    here, right = views[:, 0, middle, middle].long() - 1, views[:, 0, middle, middle + 1].long() - 1
-    flipped = (right < here).long()
-    top = here // size - middle + padding
-    column = torch.where(flipped == 1, size - 1 - middle, middle)
-    left = here % size - column + padding
-    return (flipped * (2 * padding + 1) + top) * (2 * padding + 1) + left
+def test_torchvisions_random_views_are_among_the_162() -> None:
+    image = noise(1, 32, 32)
+    views = crop_and_flip(image.expand(162, -1, -1, -1), torch.arange(162), 4)
+    torch.manual_seed(0)
+    transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    assert view_count(4, True) == 162
+    known = {view.numpy().tobytes() for view in views}
+    assert {transform(image[0]).numpy().tobytes() for _ in range(300)} <= known
 
 
 @pytest.mark.parametrize("view", [0, 1])
-def test_all_162_views_occur_equally_often(view: int) -> None:
-    count, size, padding = 162 * 200, 12, 4
-    views = crop_and_flip(
-        coordinates(count, size), torch.arange(count), seed=7, epoch=3, padding=padding, flip=True, view=view
-    )
-    numbers = _view_numbers(views, size, padding)
-    seen = torch.bincount(numbers, minlength=162).double()
-    assert len(seen) == 162
-    chi_square = ((seen - 200) ** 2 / 200).sum()
-    assert 161 - 5 * 18 < chi_square < 161 + 5 * 18  # 161 degrees of freedom: standard deviation 17.9
+@pytest.mark.parametrize("flip", [False, True])
+def test_all_views_occur_equally_often(view: int, flip: bool) -> None:
+    count = view_count(4, flip)
+    numbers = draw_views(torch.arange(count * 200), seed=7, epoch=3, padding=4, flip=flip, view=view)
+    seen = torch.bincount(numbers, minlength=count).double()
+    assert len(seen) == count
+    chi_square = float(((seen - 200) ** 2 / 200).sum())
+    freedom = count - 1
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def test_the_same_views_as_torchvisions_transforms() -> None:
-    """The reading of views used above is right: torchvision's own random views give numbers in the same range."""
-    torch.manual_seed(0)
-    transform = v2.Compose([v2.RandomCrop(12, padding=4), v2.RandomHorizontalFlip()])
-    numbers = _view_numbers(torch.stack([transform(image) for image in coordinates(3000, 12)]), 12, 4)
-    assert set(numbers.tolist()) == set(range(162))
-
-
-def test_successive_epochs_are_uncorrelated() -> None:
-    count, size, padding = 5000, 12, 4
-    images, index = coordinates(count, size), torch.arange(count)
-    numbers = [
-        _view_numbers(crop_and_flip(images, index, seed=0, epoch=e, padding=padding, flip=True), size, padding).numpy()
-        for e in range(4)
-    ]
+@pytest.mark.parametrize("key", ["seed", "epoch", "view"])
+def test_views_of_neighbouring_keys_are_uncorrelated(key: str) -> None:
+    count, index = 5000, torch.arange(5000)
+    base: dict[str, Any] = {"seed": 0, "epoch": 0, "padding": 4, "flip": True, "view": 0}
+    numbers = [draw_views(index, **{**base, key: value}).numpy() for value in range(4)]
     assert np.abs(np.corrcoef(np.stack(numbers)) - np.eye(4)).max() < 5 / count**0.5
+    same = np.mean(numbers[0] == numbers[1])
+    assert same < 2 / 162
 
 
 def test_normalise_is_torchvisions() -> None:

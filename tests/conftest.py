@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.data.arrays import save_arrays
+
+
+def colour_arrays(train: int = 200, test: int = 60, classes: int = 10) -> dict[str, np.ndarray]:
+    """Contents of a small array file of 32 x 32 images: each class has a colour of its own under noise."""
+    random = np.random.default_rng(0)
+    colours = random.permutation(np.array(np.meshgrid([30, 125, 220], [30, 125, 220], [30, 125, 220])).reshape(3, -1).T)
+    arrays: dict[str, np.ndarray] = {"class_names": np.array([f"colour {i}" for i in range(classes)])}
+    for split, count in (("train", train), ("test", test)):
+        labels = (np.arange(count) % classes).astype(np.uint8)
+        images = colours[labels][:, None, None, :] + random.normal(0, 12, (count, 32, 32, 3))
+        arrays |= {f"{split}_images": images.clip(0, 255).astype(np.uint8), f"{split}_labels": labels}
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def array_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small array file of 10 classes that training can tell apart."""
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    save_arrays(path, **colour_arrays())
+    return path
