@@ -177,5 +177,5 @@ class Distiller(L.LightningModule):
             values[f"{split}/agreement"] = self.agreement.compute()
         self.scores.reset()
         self.agreement.reset()
-        self.log_dict(values)
-        self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False)
+        self.log_dict(values, sync_dist=True)
+        self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False, sync_dist=True)

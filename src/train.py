@@ -12,7 +12,7 @@ import hydra
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from src.assemble import make_data, make_distiller, make_logger, make_network, make_parts, make_trainer
@@ -41,6 +41,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     parts = make_parts(cfg, data)
     teacher, about_teacher, predictions = ready_teacher(cfg, data) if needs_teacher(cfg) else (None, None, {})
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
+    distiller.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
 
     folder = RunFolder(cfg)
     networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
@@ -163,7 +164,7 @@ def summarise(
     """The run's result: the last epoch first, the best beside it and named so; fractions of 1, NLL in nats, seconds."""
     rows = read_history(folder.path)
     split = data.validates_on
-    scores = {split: _of(rows[-1], split)}
+    scores: dict[str, Any] = {split: _of(rows[-1], split)}
     if not scores.get("test"):  # validation was on held-out images, or skipped in the last epoch
         tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
         scores = {"test": _of(tested, "test"), **({"val": scores["val"]} if split == "val" else {})}
@@ -210,6 +211,8 @@ def count(module: nn.Module) -> int:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One job; a sweeper gets the validation accuracy, or nothing where only test data could tell."""
+    if "fork" in str(cfg.trainer.strategy):
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them forever
     try:
         result = train(cfg)
     finally:

@@ -22,7 +22,7 @@ def write_arrays(file: Path, train: int = 44, test: int = 17) -> Path:
     """Squares whose colour tells the class."""
     random = np.random.default_rng(0)
     colours = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [200, 200, 60]])
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, count in (("train", train), ("test", test)):
         labels = np.arange(count) % CLASSES
         images = colours[labels][:, None, None, :] + random.normal(0, 40, (count, 16, 16, 3))
@@ -34,9 +34,9 @@ def write_arrays(file: Path, train: int = 44, test: int = 17) -> Path:
 def tiny_data(folder: Path, *, seed: int = 0, workers: int = 0, views: int = 1, batch_size: int = 8) -> ImageData:
     file = folder / "tiny.npz"
     data = ImageData(
-        name="tiny", prepare=lambda root: write_arrays(root / "tiny.npz"), root=str(folder), path=str(file) if file.is_file() else None,
-        mean=MEAN, std=STD, padding=2, flip=True, train_size=None, val_size=0, split_seed=0, workers=workers,
-        batch_size=batch_size, seed=seed,
+        name="tiny", prepare=lambda root: write_arrays(root / "tiny.npz"), root=str(folder),
+        path=str(file) if file.is_file() else None, mean=MEAN, std=STD, padding=2, flip=True, train_size=None,
+        val_size=0, split_seed=0, workers=workers, batch_size=batch_size, seed=seed,
     )  # fmt: skip
     data.views = views
     data.load()
@@ -73,8 +73,9 @@ def tiny_distiller(
 
 def tiny_trainer(epochs: int = 2, **options) -> L.Trainer:
     defaults = {
-        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "use_distributed_sampler": False, "num_sanity_val_steps": 0, "deterministic": True,
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0, "deterministic": True,
     }  # fmt: skip
     return L.Trainer(max_epochs=epochs, **{**defaults, **options})
 

@@ -219,6 +219,16 @@ def test_value_and_gradient_are_the_closed_forms(name: str, dtype: torch.dtype, 
 
 
 @every_loss
+def test_autocast_does_not_reach_the_losses(name: str):
+    case = random_case(10, torch.bfloat16)
+    value, gradient = measured(name, *case, 4.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside_value, inside_gradient = measured(name, *case, 4.0)
+    assert torch.equal(inside_value, value)
+    assert torch.equal(inside_gradient, gradient)
+
+
+@every_loss
 def test_autograd_is_the_numerical_gradient(name: str):
     """The stop-gradient hides the weight's own slope from autograd alone, so here the weight stands at its bound."""
     student, teacher, target = random_case(classes=4, dtype=torch.float64, batch=3)
