@@ -1,8 +1,10 @@
 """The typed part of the configuration, its resolvers, and how its nodes become objects."""
 
+import functools
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +13,8 @@ from typing import Any, get_type_hints
 import hydra
 import pydantic
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -83,6 +87,14 @@ class Train:
     start_over: bool = False
 
 
+@dataclass
+class Evaluate(Train):
+    """`conf/evaluate.yaml`: one of the two is given."""
+
+    run: str | None = None
+    checkpoint: str | None = None
+
+
 def _scaled(epoch: int, of: int, epochs: int) -> int:
     """An epoch of a published schedule of `of` epochs, at the same fraction of `epochs`."""
     return round(epoch * epochs / of)
@@ -91,6 +103,7 @@ def _scaled(epoch: int, of: int, epochs: int) -> int:
 OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
 OmegaConf.register_new_resolver("terminal", lambda: sys.stderr.isatty(), replace=True)
 ConfigStore.instance().store("train_schema", Train)
+ConfigStore.instance().store("evaluate_schema", Evaluate)
 
 
 def build(node: DictConfig, group: str, **arguments: Any) -> Any:
@@ -124,20 +137,49 @@ def _argument_types(target: Any) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if name != "return"}
 
 
+def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """A task for `hydra.main` that tells its failure at once: Hydra tells one of a multirun's failures, after the last
+    job.
+    """
+
+    @functools.wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except Exception as error:
+            sentence = _sentence(error)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
+                print(f"error: {sentence}" if sentence else traceback.format_exc(), file=sys.stderr)
+                raise
+            if sentence is None:
+                raise
+            sys.exit(f"error: {sentence}")
+
+    return run
+
+
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command; what the user can mend ends in one sentence and exit code 1 instead of a traceback."""
     _quiet()
     try:
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_first_sentence(error)}")
-    except OSError as error:
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user can do something about, in one line; None for any other error."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
+        return _first_sentence(error)
+    if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            f"error: {error.strerror or error}{where}; what a run had saved before is kept, the same command resumes."
-        )
+        return f"{error.strerror or error}{where}; what a run had saved before is kept, the same command resumes."
+    return None
 
 
 def _quiet() -> None:

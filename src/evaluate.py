@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from src.assemble import make_data, make_distiller, make_network, make_parts, make_trainer
-from src.config import Train, run_command
+from src.config import Train, job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
@@ -70,7 +70,8 @@ def targets(node: Any) -> list[Any]:
         return [target for item in node for target in targets(item)]
     if not isinstance(node, dict):
         return []
-    return [node["_target_"]] * ("_target_" in node) + [t for value in node.values() for t in targets(value)]
+    here = [node["_target_"]] if "_target_" in node else []
+    return here + [target for value in node.values() for target in targets(value)]
 
 
 def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
@@ -112,6 +113,7 @@ def show(measured: dict[str, float], reported: dict[str, float]) -> None:
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+@job
 def main(cfg: DictConfig) -> None:
     """Print the scores; a run that reported something else is an error."""
     measured, reported = evaluate(cfg)

@@ -15,30 +15,17 @@ from rich.table import Table
 
 from src.analysis import figures
 from src.analysis.results import Finished, find_runs, group, spread
-from src.config import run_command
+from src.config import job, run_command
 from src.errors import UserError
 from src.evaluate import load_run, read_config
 from src.run import last_checkpoint
 
 log = logging.getLogger(__name__)
 
-COLUMNS = (
-    "student",
-    "taught by",
-    "method",
-    "n",
-    "top-1 %",
-    "best epoch %",
-    "top-5 %",
-    "NLL",
-    "ECE %",
-    "agrees %",
-    "params",
-    "time",
-)
+COLUMNS = ("network", "n", "top-1", "best", "top-5", "NLL", "ECE", "agree", "params", "time")
 NOTE = (
-    "top-1 is the last epoch's on test images, mean +- standard deviation over n seeds; `best epoch` is chosen with "
-    "hindsight and only stands beside it; `agrees`: same class as the teacher; time: training without the teacher's."
+    "top-1, top-5, NLL, ECE (%, nats, %): test images, last epoch, mean +- standard deviation over n seeds. best: the "
+    "best epoch's top-1, chosen with hindsight. agree: % same class as the teacher. time: this network's training."
 )
 
 
@@ -56,14 +43,12 @@ def _row(runs: Sequence[Finished]) -> list[str]:
             return "-"
         return spread([factor * result["test"][name] for result in results], 2 if factor == 1 else 1)
 
-    teacher = first["teacher"]
+    best = [100 * result["best_epoch"]["accuracy"] for result in results if result["best_epoch"]]
     return [
-        first["student"],
-        f"{teacher['name']} ({100 * teacher['accuracy']:.1f})" if teacher else "-",
-        runs[0].label,
+        runs[0].name,
         str(len(runs)),
         test("accuracy"),
-        spread([100 * result["best_epoch"]["accuracy"] for result in results], 1) if first["best_epoch"] else "-",
+        spread(best, 1) if best else "-",
         test("top5"),
         test("nll", 1),
         test("ece"),
@@ -77,6 +62,8 @@ def markdown(cells: Sequence[Sequence[str]], runs: Sequence[Finished], unfinishe
     """The table with what it was made of."""
     setting = sorted({(r.result["data"], r.result["train_images"], r.result["epochs"]) for r in runs})
     made_of = "; ".join(f"{data}, {images:,} training images, {epochs} epochs" for data, images, epochs in setting)
+    teachers = {f"{t['name']} ({100 * t['accuracy']:.2f} %)" for r in runs if (t := r.result["teacher"])}
+    made_of += f"; teacher: {', '.join(sorted(teachers))}" if teachers else ""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *(f"| {' | '.join(row)} |" for row in cells)]
     missing = [f"Not finished: {folder}" for folder in unfinished]
     return "\n".join([*lines, "", f"{made_of}. {NOTE}", *missing]) + "\n"
@@ -132,6 +119,7 @@ def draw_answers(groups: Sequence[Sequence[Finished]], out: Path, cfg: DictConfi
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")
+@job
 def main(cfg: DictConfig) -> None:
     """Print the table, write it and the pictures."""
     runs, unfinished = find_runs(Path(cfg.runs).expanduser())
@@ -140,7 +128,9 @@ def main(cfg: DictConfig) -> None:
     groups, out = group(runs), Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     cells = rows(groups)
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=column == "network")
     for row in cells:
         table.add_row(*row)
     Console().print(table)

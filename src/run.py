@@ -134,6 +134,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._compare(fingerprints)
+            if self.result_file.is_file():
+                return read_json(self.result_file)
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
             about = {"fingerprints": fingerprints, "versions": versions(), "seed": self.cfg.seed, **facts}
             write_text(self.path / "run.json", json.dumps(about, indent=2))
@@ -141,9 +143,7 @@ class RunFolder:
             raise UserError(
                 f"Cannot write the run folder {self.path} ({error.strerror}): choose another by runs=..."
             ) from None
-        if not self.result_file.is_file():
-            return None
-        return read_json(self.result_file)
+        return None
 
     def _compare(self, fingerprints: Mapping[str, str | None]) -> None:
         before = self.path / "run.json"

@@ -41,7 +41,7 @@ def learning_curves(groups: Sequence[Sequence[Finished]]) -> Figure:
                 marker = "o" if len(points) == 1 else None
                 axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, alpha=0.85, marker=marker)
             final = np.mean([100 * run.result["test"]["accuracy"] for run in runs])
-            ends.append((final, f"{runs[0].result['student']}  {runs[0].label}  {final:.1f} %", colour))
+            ends.append((final, f"{runs[0].name}  {final:.1f} %", colour))
         for (_, text, colour), height in zip(ends, _apart([end[0] for end in ends], axes.get_ylim()), strict=True):
             axes.annotate(
                 text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9

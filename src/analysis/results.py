@@ -24,6 +24,13 @@ class Finished:
         return self.result["method"] + ("" if layer == "none" else f" + {layer}")
 
     @property
+    def name(self) -> str:
+        """The student and what it was trained by."""
+        return (
+            f"{self.result['student']} by {self.label}" if self.result["teacher"] else f"{self.result['student']} alone"
+        )
+
+    @property
     def pair(self) -> str:
         """The student and who taught it."""
         teacher = self.result["teacher"]

@@ -1,0 +1,309 @@
+"""What conf/ composes to, and which of it is a run's identity."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from src.assemble import Parts, make_network, make_parts
+from src.config import build
+from src.errors import UserError
+from src.methods.aekt import AEKT
+from src.methods.dkd import DKD
+from src.run import identity, run_folder
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+CLASSES = {"cifar10": 10, "cifar100": 100, "glyphs": 62}
+METHODS, PAIRS, SCHEDULES = options("method"), options("model"), options("schedule")
+LAYERS = {"none": "Serialization", "serial": "Serial", "parallel": "Parallel"}
+
+
+def configure(*overrides: str, command: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(command, list(overrides))
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def parts_of(cfg: DictConfig) -> Parts:
+    data: Any = SimpleNamespace(num_classes=CLASSES[cfg.data.name])
+    return make_parts(cfg, data)
+
+
+def folder_of(*overrides: str) -> Path:
+    return run_folder(configure(*overrides))
+
+
+def test_every_option_of_every_group_is_tried_here() -> None:
+    assert set(options("data")) == set(CLASSES)
+    assert set(options("serialization")) == set(LAYERS)
+
+
+@pytest.mark.parametrize("data", CLASSES)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_pair_builds_for_every_data(pair: str, data: str) -> None:
+    cfg = configure(f"model={pair}", f"data={data}")
+    teacher = make_network(cfg.model.teacher, "model.teacher", CLASSES[data])
+    assert teacher.classifier_layer.out_features == CLASSES[data]
+    assert parts_of(cfg).student.classifier_layer.out_features == CLASSES[data]
+    assert cfg.model.name == pair == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+
+
+@pytest.mark.parametrize("network", options("network"))
+def test_every_network_is_student_and_teacher_by_its_own_name(network: str) -> None:
+    cfg = configure(f"network@model.student={network}", f"network@model.teacher={network}")
+    assert cfg.model.student.name == cfg.model.teacher.name == network
+    assert cfg.model.name == f"{network}_to_{network}"
+    assert cfg.schedule.learning_rate == cfg.model.student.learning_rate
+    assert all(50 < accuracy < 100 for accuracy in cfg.model.student.published_accuracy.values())
+
+
+@pytest.mark.parametrize(("method", "layer"), itertools.product(METHODS, LAYERS))
+def test_every_method_builds_with_every_serialization_that_means_something(method: str, layer: str) -> None:
+    cfg = configure(f"method={method}", f"serialization={layer}", "model=resnet20_to_resnet8")
+    if method == "vanilla" and layer != "none":
+        with pytest.raises(UserError, match="method=vanilla has no logit term .* add serialization=none"):
+            parts_of(cfg)
+        return
+    parts = parts_of(cfg)
+    assert type(parts.serialization).__name__ == LAYERS[layer]
+    assert type(parts.method).__name__.lower() == method
+
+
+@pytest.mark.parametrize(("schedule", "method"), itertools.product(SCHEDULES, METHODS))
+def test_every_schedule_goes_with_every_method_and_pair(schedule: str, method: str) -> None:
+    for pair in PAIRS:
+        cfg = configure(f"schedule={schedule}", f"method={method}", f"model={pair}", "schedule.epochs=12")
+        built = build(cfg.method, "method")
+        if isinstance(built, DKD):
+            assert built.warmup_epochs == 1
+        optimizer = hydra.utils.instantiate(cfg.schedule.optimizer)
+        assert optimizer.keywords == {"momentum": 0.9, "weight_decay": 5e-4}
+        assert callable(hydra.utils.instantiate(cfg.schedule.scheduler))
+        assert cfg.trainer.max_epochs == 12
+
+
+@pytest.mark.parametrize(
+    ("pair", "beta"),
+    [
+        ("wrn40_2_to_wrn16_2", 6.0),
+        ("resnet56_to_resnet20", 2.0),
+        ("resnet20_to_resnet8", 2.0),
+        ("slimnet600k_to_resnet8", 2.0),
+        ("slimnet600k_to_resnet20", 2.0),
+    ],
+)
+@pytest.mark.parametrize("method", ["dkd", "aekt"])
+def test_beta_goes_with_the_pair(method: str, pair: str, beta: float) -> None:
+    built = build(configure(f"method={method}", f"model={pair}").method, "method")
+    assert built.beta == beta
+
+
+@pytest.mark.parametrize("method", ["dkd", "aekt"])
+def test_beta_of_an_unlisted_pair_is_the_default(method: str) -> None:
+    unlisted = configure(f"method={method}", "network@model.teacher=resnet110", "network@model.student=wrn16_1")
+    assert unlisted.model.name == "resnet110_to_wrn16_1"
+    assert unlisted.method.beta == 8.0
+    assert configure(f"method={method}", "method.beta=3").method.beta == 3
+
+
+def test_published_constants() -> None:
+    kd = configure("method=kd").method
+    assert (kd.cross_entropy_weight, kd.kd_weight, kd.temperature) == (0.1, 0.9, 4.0)
+    for method in ("dkd", "aekt"):
+        dkd = configure(f"method={method}").method
+        assert (dkd.cross_entropy_weight, dkd.alpha, dkd.temperature) == (1.0, 1.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "milestones", "warmup"), [(240, [150, 180, 210], 20), (20, [12, 15, 18], 2), (120, [75, 90, 105], 10)]
+)
+def test_milestones_and_warmup_scale_with_the_epochs(epochs: int, milestones: list[int], warmup: int) -> None:
+    cfg = configure(f"schedule.epochs={epochs}", "method=dkd")
+    assert cfg.schedule.scheduler.milestones == milestones
+    assert cfg.method.warmup_epochs == warmup
+    assert cfg.trainer.max_epochs == epochs
+
+
+def test_the_published_protocol_is_the_default() -> None:
+    schedule = configure().schedule
+    assert (schedule.epochs, schedule.batch_size, schedule.learning_rate) == (240, 64, 0.05)
+    assert (schedule.scheduler.gamma, schedule.interval) == (0.1, "epoch")
+
+
+def test_aekt_implies_serial_and_the_command_line_wins() -> None:
+    def layer(*overrides: str) -> str:
+        return configure(*overrides).serialization._target_.rsplit(".", 1)[-1]
+
+    assert layer() == layer("method=aekt") == "Serial"
+    for order in itertools.permutations(["method=aekt", "serialization=none"]):
+        assert layer(*order) == "Serialization"
+    assert layer("method=aekt", "serialization=parallel") == "Parallel"
+    assert layer("method=dkd") == "Serialization"
+    assert layer("method=dkd", "serialization=serial") == "Serial"
+
+
+def test_the_teacher_is_trained_alone_whatever_teaches_the_student() -> None:
+    cfg = configure("method=aekt", "serialization=serial")
+    assert cfg.teacher.method.name == "vanilla"
+    assert cfg.teacher.serialization._target_ == "src.serialization.Serialization"
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_builds_and_gives_way_to_the_command_line(experiment: str) -> None:
+    cfg = configure(f"experiment={experiment}", "method=kd", "seed=3", "schedule.epochs=5")
+    assert isinstance(parts_of(cfg).method, type(build(configure("method=kd").method, "method")))
+    assert (cfg.seed, cfg.trainer.max_epochs) == (3, 5)
+
+
+@pytest.mark.parametrize("trainer", [name for name in options("trainer") if name in {"auto", "cpu", "debug"}])
+def test_trainers_that_every_machine_has(trainer: str) -> None:
+    made = hydra.utils.instantiate(configure(f"trainer={trainer}").trainer, accelerator="cpu", logger=False)
+    assert made.max_epochs == (1 if trainer == "debug" else 240)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_the_other_commands_compose(command: str) -> None:
+    assert configure(command=command)
+
+
+def test_weights_start_from_the_seed_whatever_the_method() -> None:
+    def first(*overrides: str) -> Any:
+        return parts_of(configure("model=resnet20_to_resnet8", *overrides)).student.state_dict()["conv1.weight"]
+
+    assert first("method=vanilla").equal(first("method=aekt"))
+    assert not first("method=kd").equal(first("method=kd", "seed=1"))
+
+
+# A run's identity
+
+
+@pytest.mark.parametrize(
+    "irrelevant",
+    [
+        "logger=none",
+        "logger=csv",
+        "trainer=cpu",
+        "trainer=ddp",
+        "trainer=ddp_cpu",
+        "trainer.devices=2",
+        "trainer.log_every_n_steps=1",
+        "trainer.enable_progress_bar=true",
+        "teacher.store=elsewhere",
+        "teacher.train_if_missing=false",
+        "teacher.view_store=true",
+        "data.workers=3",
+        "data.root=elsewhere",
+        "data.path=elsewhere/file.npz",
+        "start_over=true",
+        "model.teacher.published_accuracy={cifar100: 1.0}",
+        "model.student.published_accuracy={}",
+        "method.pairs={}",
+    ],
+)
+def test_what_cannot_change_a_result_is_no_identity(irrelevant: str) -> None:
+    assert folder_of("method.beta=6", irrelevant) == folder_of("method.beta=6")
+
+
+def test_the_folder_of_runs_is_no_identity() -> None:
+    here, there = folder_of("runs=here"), folder_of("runs=there/below")
+    assert here.relative_to("here") == there.relative_to("there/below")
+
+
+@pytest.mark.parametrize(
+    "relevant",
+    [
+        "seed=1",
+        "method=dkd",
+        "method=kd",
+        "method=vanilla",
+        "method.gamma=0.41",
+        "method.beta=6.1",
+        "method.weighting=log_ratio",
+        "serialization=none",
+        "serialization=parallel",
+        "serialization.lr_scale=0.2",
+        "schedule=quick",
+        "schedule.epochs=241",
+        "schedule.batch_size=65",
+        "schedule.learning_rate=0.051",
+        "schedule.optimizer.momentum=0.8",
+        "schedule.scheduler.gamma=0.2",
+        "model=resnet56_to_resnet20",
+        "network@model.student=wrn16_1",
+        "network@model.teacher=resnet110",
+        "data=cifar10",
+        "data.train_size=1000",
+        "data.val_size=1000",
+        "data.split_seed=1",
+        "data.mean=[0.5,0.5,0.5]",
+        "data.padding=2",
+        "data.flip=false",
+        "teacher.seed=1",
+        "teacher.path=somewhere/teacher.pth",
+        "trainer=debug",
+        "trainer.precision=bf16-mixed",
+        "channels_last=false",
+    ],
+)
+def test_what_can_change_a_result_is_identity(relevant: str) -> None:
+    assert folder_of(relevant) != folder_of()
+
+
+def test_a_folder_says_what_it_holds() -> None:
+    folder = folder_of("runs=here", "data=cifar10", "model=resnet20_to_resnet8", "method=aekt", "seed=7")
+    assert folder.parts[:-1] == ("here", "cifar10", "resnet20_to_resnet8", "aekt")
+    assert folder.name.startswith("serial-seed7-")
+
+
+def test_a_network_alone_is_the_same_run_whatever_pair_it_was_named_through() -> None:
+    through = [
+        ["model=resnet56_to_resnet20"],
+        ["model=slimnet600k_to_resnet20"],
+        ["network@model.student=resnet20"],
+        ["model=resnet56_to_resnet20", "teacher.path=somewhere.pth", "teacher.seed=4"],
+    ]
+    folders = {folder_of("method=vanilla", *overrides) for overrides in through}
+    assert len(folders) == 1
+    assert folders.pop().parent.parts[-3:] == ("cifar100", "resnet20", "vanilla")
+
+
+def test_identity_is_plain_and_resolved() -> None:
+    settings = identity(configure())
+    assert settings["schedule"]["scheduler"]["milestones"] == [150, 180, 210]
+    assert settings["method"]["beta"] == 6.0
+    assert "${" not in str(settings)
+
+
+# What a node builds
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("method.beta=abc", r"^method\.beta=abc does not fit: input should be a valid number"),
+        ("+method.betta=2", r"^method\.betta=2 is no option of src\.methods\.aekt\.AEKT; it knows .*beta"),
+        ("method.weighting=foo", r"^method\.weighting=foo does not fit: input should be 'ratio', 'log_ratio' or"),
+        ("method.confidence_term=perhaps", r"^method\.confidence_term=perhaps does not fit"),
+    ],
+)
+def test_options_are_checked_against_the_signature(override: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build(configure("method=aekt", override).method, "method")
+
+
+def test_a_subclass_knows_the_options_of_its_base() -> None:
+    built = build(configure("method=aekt", "method.gamma=0.5", "method.temperature=2").method, "method")
+    assert isinstance(built, AEKT)
+    assert (built.gamma, built.temperature) == (0.5, 2.0)
