@@ -70,7 +70,7 @@ class Distiller(L.LightningModule):
         """Bring both networks to the memory format, the teacher to the device too."""
         self.student.to(memory_format=self.memory_format)
         if self.teacher is not None:
-            self.teacher.to(self.device, self.memory_format)
+            self.teacher.to(self.trainer.strategy.root_device, self.memory_format)
 
     def configure_optimizers(self) -> Any:
         """One group for the student and what the method trains beside it, one for the serialization layer."""

@@ -8,6 +8,7 @@ decay on it, and the parallel control.
 import copy
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from src.methods.method import at_least_float32
@@ -39,7 +40,7 @@ class Serial(Serialization):
 
     weight_decay = 0.0
 
-    def __init__(self, lr_scale: float) -> None:
+    def __init__(self, lr_scale: NonNegativeFloat) -> None:
         super().__init__()
         self.lr_scale = lr_scale
 
@@ -65,7 +66,7 @@ class Parallel(Serialization):
 
     needs_features = True
 
-    def __init__(self, lr_scale: float) -> None:
+    def __init__(self, lr_scale: NonNegativeFloat) -> None:
         super().__init__()
         self.lr_scale = lr_scale
 

@@ -88,6 +88,7 @@ def class_relations(weight: np.ndarray, class_names: Sequence[str], strongest: i
         bars.set_yticks(range(strongest), labels)
         bars.invert_yaxis()
         bars.axvline(0, color="black", lw=0.8)
+        bars.locator_params(axis="x", nbins=4)
         bars.set(title="Its strongest relations", xlabel="weight w_ij")
     return figure
 

@@ -20,6 +20,8 @@ from src.methods.dkd import DKD, target_log_odds
 from src.methods.method import Batch, warm_up
 
 Weighting = Literal["ratio", "log_ratio", "constant"]
+LARGEST_BOUND = 1e6
+"""Beyond it float32 has no room for weight times loss."""
 
 
 def explicit_weight(log_p: Tensor, log_q: Tensor, weighting: Weighting, max_weight: float) -> Tensor:
@@ -68,8 +70,10 @@ class AEKT(DKD):
         super().__init__(**dkd)
         if weighting not in get_args(Weighting):
             raise UserError(f"method.weighting={weighting} is unknown: choose one of {', '.join(get_args(Weighting))}.")
-        if not 0 < max_weight < math.inf:
-            raise UserError(f"method.max_weight={max_weight} does not bound the weight: give a finite positive number.")
+        if not 0 < max_weight <= LARGEST_BOUND:
+            raise UserError(
+                f"method.max_weight={max_weight} does not bound the weight: give a number in (0, {LARGEST_BOUND:g}]."
+            )
         self.gamma = gamma
         self.weighting = weighting
         self.max_weight = max_weight

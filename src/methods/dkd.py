@@ -9,10 +9,11 @@ t}(u_i / T): log p_t = logsigmoid(l) and log(1 - p_t) = logsigmoid(-l), exact wh
 """
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32, warm_up
+from src.methods.method import Batch, Method, at_least_float32, log_softmax, warm_up
 
 
 def non_target_logits(logits: Tensor, target: Tensor) -> Tensor:
@@ -27,9 +28,11 @@ def non_target_logits(logits: Tensor, target: Tensor) -> Tensor:
 
 def target_log_odds(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """l = log(p_t / (1 - p_t)) of each row, [B]. Gradient at u_t: 1 / T, at u_i: -p'_i / T."""
-    logits = at_least_float32(logits) / temperature
-    target_logit = logits.gather(1, target[:, None])
-    return -torch.logsumexp(non_target_logits(logits, target) - target_logit, dim=1)
+    logits = at_least_float32(logits)
+    others = non_target_logits(logits, target)
+    peak = others.amax(dim=1, keepdim=True).detach()
+    gap = (logits.gather(1, target[:, None]) - peak).squeeze(1)
+    return gap / temperature - torch.logsumexp((others - peak) / temperature, dim=1)
 
 
 def tckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -50,8 +53,8 @@ def nckd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
 
     Gradient of one sample's loss at u_t: 0, at u_i: T (p'_i - q'_i).
     """
-    log_p = F.log_softmax(non_target_logits(at_least_float32(student_logits), target) / temperature, dim=1)
-    log_q = F.log_softmax(non_target_logits(at_least_float32(teacher_logits), target) / temperature, dim=1)
+    log_p = log_softmax(non_target_logits(student_logits, target), temperature)
+    log_q = log_softmax(non_target_logits(teacher_logits, target), temperature)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
@@ -61,7 +64,13 @@ class DKD(Method):
     distils_logits = True
 
     def __init__(
-        self, *, cross_entropy_weight: float, alpha: float, beta: float, temperature: float, warmup_epochs: float
+        self,
+        *,
+        cross_entropy_weight: float,
+        alpha: float,
+        beta: float,
+        temperature: PositiveFloat,
+        warmup_epochs: NonNegativeFloat,
     ) -> None:
         super().__init__()
         self.cross_entropy_weight = cross_entropy_weight

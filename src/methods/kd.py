@@ -1,9 +1,10 @@
 """Knowledge distillation (KD): Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531."""
 
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32
+from src.methods.method import Batch, Method, at_least_float32, log_softmax
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -17,8 +18,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
     >>> kd_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]]), temperature=4.0)
     tensor(0.)
     """
-    log_p = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
-    log_q = F.log_softmax(at_least_float32(teacher_logits) / temperature, dim=1)
+    log_p = log_softmax(student_logits, temperature)
+    log_q = log_softmax(teacher_logits, temperature)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
@@ -27,7 +28,7 @@ class KD(Method):
 
     distils_logits = True
 
-    def __init__(self, *, cross_entropy_weight: float, kd_weight: float, temperature: float) -> None:
+    def __init__(self, *, cross_entropy_weight: float, kd_weight: float, temperature: PositiveFloat) -> None:
         super().__init__()
         self.cross_entropy_weight = cross_entropy_weight
         self.kd_weight = kd_weight

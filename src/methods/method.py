@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from src.models.network import Network, Shapes, shapes
 
@@ -164,3 +165,9 @@ def warm_up(epoch: int, epochs: float) -> float:
 def at_least_float32(logits: Tensor) -> Tensor:
     """Losses are computed in float32 whatever precision the network runs in; float64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / T) of each row, [B, C]; the peak is taken off first, so that the division rounds gaps."""
+    logits = at_least_float32(logits)
+    return F.log_softmax((logits - logits.amax(dim=1, keepdim=True).detach()) / temperature, dim=1)
