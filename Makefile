@@ -4,6 +4,8 @@ SHELL := bash
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.aekt-ready
+# Threads that wait must not spin: on a busy machine they would take the processors from each other.
+export OMP_WAIT_POLICY := PASSIVE
 TEST := WANDB_MODE=offline OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
 
 .PHONY: help setup quickstart test test-all check clean

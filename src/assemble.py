@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from src.config import build
+from src.config import build, check_ranges
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
@@ -29,7 +29,8 @@ class Parts(NamedTuple):
 
 
 def make_data(cfg: DictConfig) -> ImageData:
-    """The data module, with its arrays loaded."""
+    """The data module, with its arrays loaded: the first thing a command does, so options are checked here."""
+    check_ranges(cfg)
     data = hydra.utils.instantiate(cfg.data, batch_size=cfg.schedule.batch_size, seed=cfg.seed)
     data.load()
     return data
@@ -45,6 +46,7 @@ def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
 
     Raises `UserError` where serialization has no logit term to act on.
     """
+    make_optimizer(cfg)  # for its complaints
     torch.manual_seed(cfg.seed)
     student = make_network(cfg.model.student, "model.student", data.num_classes)
     method = build(cfg.method, "method")
@@ -87,7 +89,7 @@ def make_distiller(
         mean=cfg.data.mean,
         std=cfg.data.std,
         learning_rate=cfg.schedule.learning_rate,
-        optimizer=hydra.utils.instantiate(cfg.schedule.optimizer),
+        optimizer=make_optimizer(cfg),
         scheduler=hydra.utils.instantiate(cfg.schedule.scheduler),
         interval=cfg.schedule.interval,
         validates_on=data.validates_on,
@@ -96,13 +98,32 @@ def make_distiller(
     )
 
 
-def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
-    """Lightning's Trainer as configured. Raises `UserError` where the machine lacks the device."""
+def make_optimizer(cfg: DictConfig) -> Any:
+    """The optimiser, still to be given its parameters. Raises `UserError` where its options do not fit."""
+    partial = hydra.utils.instantiate(cfg.schedule.optimizer)
     try:
-        return hydra.utils.instantiate(cfg.trainer, **overrides)
+        partial([torch.zeros(1)], lr=cfg.schedule.learning_rate)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"schedule.optimizer does not fit {cfg.schedule.optimizer._target_}: {error}.") from None
+    return partial
+
+
+def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
+    """Lightning's Trainer as configured.
+
+    Raises `UserError` where the machine lacks the device, or the batch cannot be dealt to the devices.
+    """
+    try:
+        trainer = hydra.utils.instantiate(cfg.trainer, **overrides)
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"This trainer cannot be had here ({cause}): try trainer=auto.") from error
+    if cfg.schedule.batch_size % trainer.world_size:
+        raise UserError(
+            f"schedule.batch_size={cfg.schedule.batch_size} is global and does not divide by "
+            f"{trainer.world_size} devices."
+        )
+    return trainer
 
 
 def make_logger(cfg: DictConfig, folder: Path) -> Any:

@@ -15,6 +15,7 @@ import pydantic
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +23,8 @@ from src.errors import UserError
 
 FACTS = {"_target_", "_partial_", "name", "pairs", "learning_rate", "published_accuracy"}
 """Keys of a node that describe it and are no arguments of what it builds."""
+POSITIVE = ("schedule.epochs", "schedule.batch_size", "schedule.learning_rate", "trainer.max_epochs")
+NOT_NEGATIVE = ("data.padding", "data.workers")
 
 
 @dataclass
@@ -106,12 +109,29 @@ ConfigStore.instance().store("train_schema", Train)
 ConfigStore.instance().store("evaluate_schema", Evaluate)
 
 
+def check_ranges(cfg: DictConfig) -> None:
+    """Numbers of the right type that would train forever, backwards or not at all. Raises `UserError`."""
+    for option in (*POSITIVE, *NOT_NEGATIVE):
+        value = OmegaConf.select(cfg, option)
+        lowest = "be positive" if option in POSITIVE else "not be negative"
+        if isinstance(value, (int, float)) and (value < 0 or (value == 0 and option in POSITIVE)):
+            raise UserError(f"{option}={value} does not fit: it must {lowest}.")
+    if cfg.schedule.interval not in ("epoch", "step"):
+        raise UserError(f"schedule.interval={cfg.schedule.interval} does not fit: it is epoch or step.")
+    for option in ("mean", "std"):
+        if len(cfg.data[option]) != 3:
+            raise UserError(f"data.{option}={cfg.data[option]} does not fit: give one number for each of 3 channels.")
+
+
 def build(node: DictConfig, group: str, **arguments: Any) -> Any:
     """Call a node's `_target_` with its keys and `arguments`, after checking the types that its signature states.
 
-    Raises `UserError` where a value has the wrong type, naming the option.
+    Raises `UserError` where a value has the wrong type, naming the option, or the target does not exist.
     """
-    target = hydra.utils.get_object(node._target_)
+    try:
+        target = hydra.utils.get_object(node._target_)
+    except ImportError as error:
+        raise UserError(f"{group}._target_={node._target_} cannot be imported: {error}") from None
     container: Any = OmegaConf.to_container(node, resolve=True)
     options: dict[str, Any] = {key: value for key, value in container.items() if key not in FACTS}
     hints = _argument_types(target)
@@ -129,11 +149,11 @@ def build(node: DictConfig, group: str, **arguments: Any) -> Any:
 def _argument_types(target: Any) -> dict[str, Any]:
     """Names and types of the keyword arguments, those of the base classes too."""
     if not isinstance(target, type):
-        return get_type_hints(target)
+        return get_type_hints(target, include_extras=True)
     hints: dict[str, Any] = {}
     for cls in reversed(target.__mro__):
         if cls.__module__.startswith("src.") and "__init__" in vars(cls):
-            hints |= get_type_hints(vars(cls)["__init__"])
+            hints |= get_type_hints(vars(cls)["__init__"], include_extras=True)
     return {name: hint for name, hint in hints.items() if name != "return"}
 
 
@@ -172,7 +192,7 @@ def run_command(main: Callable[[], Any]) -> None:
 
 def _sentence(error: Exception) -> str | None:
     """What a user can do something about, in one line; None for any other error."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, MisconfigurationException)):
         return " ".join(str(error).split())
     if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
         return _first_sentence(error)
@@ -196,10 +216,9 @@ def _quiet() -> None:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Hydra's message without the stack of contexts behind it."""
+    """Hydra's message without the stack of contexts behind it and the places where it looked."""
     cause = error.__cause__ if error.__cause__ is not None else error
     lines = [line.strip() for text in dict.fromkeys([str(error), str(cause)]) for line in text.splitlines()]
-    kept = [
-        line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type", "Set the"))
-    ]
-    return "; ".join(dict.fromkeys(kept)) + "; see `--help` for what there is."
+    left_out = ("full_key", "object_type", "reference_type", "Set the", "Config search path", "provider=", "See http")
+    kept = [line.rstrip(".") for line in dict.fromkeys(lines) if line and not line.startswith(left_out)]
+    return "; ".join([*kept, "see `--help` for what there is."]).replace(":;", ":")

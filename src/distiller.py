@@ -88,7 +88,7 @@ class Distiller(L.LightningModule):
 
     def on_train_batch_start(self, batch: Samples, batch_idx: int) -> None:
         """Whatever a method draws depends on the step alone, so that a resumed run draws the same."""
-        torch.manual_seed(self.seed * 1_000_003 + self.global_step)
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) % 2**63)
 
     def training_step(self, batch: Samples, batch_idx: int) -> Tensor:
         """The sum of the method's weighted terms; what is logged is what is summed."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import hydra
 import torch
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -55,13 +56,28 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml.")
     run_cfg: Any = OmegaConf.merge(OmegaConf.structured(Train), OmegaConf.load(file))
-    for target in targets(OmegaConf.to_container(run_cfg)):
-        if not str(target).startswith(TRUSTED):
+    for target in targets(OmegaConf.to_container(run_cfg, resolve=True)):
+        if not is_trusted(str(target)):
             raise UserError(f"{file} wants to call {target}, which is not this project's: refused.")
-    run_cfg.trainer |= {"accelerator": "auto", "devices": 1, "strategy": "auto"}
-    run_cfg.data.root = data_root
+    run_cfg.trainer.update(accelerator="auto", devices=1, strategy="auto")
+    if not Path(run_cfg.data.root).expanduser().is_dir():
+        run_cfg.data.root = data_root
     run_cfg.data.path = data_path or run_cfg.data.path
     return run_cfg
+
+
+def is_trusted(target: str) -> bool:
+    """Whether this names something of this project or of torch's and Lightning's parts that it configures.
+
+    Where it was defined counts too: every module makes what it imports, say `os`, an attribute of its own.
+    """
+    if not target.startswith(TRUSTED):
+        return False
+    try:
+        found = hydra.utils.get_object(target)
+    except ImportError:
+        return False
+    return found is Trainer or str(getattr(found, "__module__", "")).startswith(TRUSTED)
 
 
 def targets(node: Any) -> list[Any]:
@@ -76,6 +92,7 @@ def targets(node: Any) -> list[Any]:
 
 def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
     """A run's module with its last weights and the teacher's stored answers; the teacher lends only its sizes."""
+    folder = folder.resolve()
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoints/last.ckpt: nothing to evaluate.")

@@ -16,6 +16,7 @@ def wandb_logger(folder: Path, project: str) -> WandbLogger:
 
     Online where a key is at hand and the server answers, offline otherwise; it never prompts.
     """
+    wandb.finish()  # a run still open (a teacher's, an earlier job's) must not take this one's rows
     name = "/".join(folder.parts[-4:])
     arguments: dict[str, Any] = {
         "project": project,
@@ -36,7 +37,9 @@ def wandb_logger(folder: Path, project: str) -> WandbLogger:
             return logger
     if mode != "disabled":
         os.environ["WANDB_MODE"] = "offline"
-    return WandbLogger(**arguments, offline=mode != "disabled", settings=wandb.Settings(silent=True))
+    logger = WandbLogger(**arguments, offline=mode != "disabled", settings=wandb.Settings(silent=True))
+    _ = logger.experiment  # here: a forked child would never close a run of its own
+    return logger
 
 
 def csv_logger(folder: Path) -> CSVLogger:

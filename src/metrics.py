@@ -16,17 +16,17 @@ class NegativeLogLikelihood(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits [B, C] and targets [B]."""
-        self.total += F.cross_entropy(preds.float(), target, reduction="sum").double()
+        self.total += F.cross_entropy(preds.float(), target, reduction="sum")
         self.count += len(target)
 
     def compute(self) -> Tensor:
         """The mean so far."""
-        return (self.total / self.count).float()
+        return self.total / self.count
 
 
 class ExpectedCalibrationError(Metric):
@@ -43,20 +43,20 @@ class ExpectedCalibrationError(Metric):
     def __init__(self, bins: int = 15) -> None:
         super().__init__()
         for name in ("confidence", "correct", "count"):
-            self.add_state(name, torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(bins), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits [B, C] and targets [B]."""
-        confidence, predicted = preds.double().softmax(dim=1).max(dim=1)
+        confidence, predicted = preds.float().softmax(dim=1).max(dim=1)
         bins = len(self.count)
         bin_index = (confidence * bins).ceil().long().clamp(1, bins) - 1
         self.confidence.index_add_(0, bin_index, confidence)
-        self.correct.index_add_(0, bin_index, (predicted == target).double())
+        self.correct.index_add_(0, bin_index, (predicted == target).float())
         self.count.index_add_(0, bin_index, torch.ones_like(confidence))
 
     def compute(self) -> Tensor:
         """Sum over bins of |confidence - accuracy| weighted by the bin's share."""
-        return ((self.confidence - self.correct).abs().sum() / self.count.sum()).float()
+        return (self.confidence - self.correct).abs().sum() / self.count.sum()
 
 
 def scores(num_classes: int) -> MetricCollection:

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 COLUMNS = ("network", "n", "top-1", "best", "top-5", "NLL", "ECE", "agree", "params", "time")
 NOTE = (
     "top-1, top-5, NLL, ECE (%, nats, %): test images, last epoch, mean +- standard deviation over n seeds. best: the "
-    "best epoch's top-1, chosen with hindsight. agree: % same class as the teacher. time: this network's training."
+    "best epoch's top-1, on held-out images where there are some, chosen with hindsight. agree: % same class as the "
+    "teacher. time: this network's training."
 )
 
 
@@ -94,14 +95,16 @@ def draw_answers(groups: Sequence[Sequence[Finished]], out: Path, cfg: DictConfi
     if not taught:
         return None
     best = max(taught, key=lambda run: run.result["test"]["accuracy"])
-    alone = next(
-        (r[0] for r in groups if not r[0].result["teacher"] and r[0].result["student"] == best.result["student"]), None
-    )
+    alone = next((runs[0] for runs in groups if _is_alone(runs[0], best)), None)
     if alone is None:
         return None
     said = {}
     for name, run in ((f"{alone.result['student']} alone", alone), (f"by {best.label}", best)):
-        distiller, data = load_run(run.folder, read_config(run.folder, cfg.data_root))
+        try:
+            distiller, data = load_run(run.folder, read_config(run.folder, cfg.data_root))
+        except UserError as error:
+            log.warning("No picture of answers: %s", error)
+            return None
         batches = [distiller.eval().predict_logits(batch.images[0]) for batch in data.evaluation_loader("test")]
         said[name] = torch.cat(batches).softmax(dim=1).numpy()
     target = data.arrays.test_labels.numpy()
@@ -116,6 +119,12 @@ def draw_answers(groups: Sequence[Sequence[Finished]], out: Path, cfg: DictConfi
     return figures.save(
         figures.what_they_say(images, target[picked], chosen, data.class_names, title), out / "what_they_say.png"
     )
+
+
+def _is_alone(run: Finished, taught: Finished) -> bool:
+    """Whether a run trained the same student on the same data and budget without a teacher."""
+    same = all(run.result[key] == taught.result[key] for key in ("student", "data", "train_images", "epochs"))
+    return same and run.result["teacher"] is None
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -37,6 +38,7 @@ IRRELEVANT = {
         "devices",
         "strategy",
         "num_nodes",
+        "sync_batchnorm",
         "use_distributed_sampler",
         "log_every_n_steps",
         "enable_progress_bar",
@@ -95,6 +97,7 @@ def code_digest(modules: Iterable[str]) -> str:
     """
     seen: dict[str, str] = {}
     waiting = list(modules)
+    options: Any = {"show_empty": True} if sys.version_info >= (3, 13) else {}  # what 3.10 to 3.12 do
     while waiting:
         module = waiting.pop()
         if module in seen:
@@ -106,7 +109,7 @@ def code_digest(modules: Iterable[str]) -> str:
             body = getattr(node, "body", None)
             if isinstance(body, list):
                 node.body = [part for part in body if not _is_string(part)]  # type: ignore[attr-defined]
-        seen[module] = ast.dump(tree)
+        seen[module] = ast.dump(tree, **options).replace(", type_params=[]", "")
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()
 
 
@@ -129,7 +132,8 @@ class RunFolder:
         Raises `UserError` where what is there was made by other code, another teacher or other data, or where the
         folder cannot be written.
         """
-        if self.cfg.start_over and (self.path / "run.json").is_file():
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if self.cfg.start_over and first and (self.path / "run.json").is_file():
             shutil.rmtree(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -215,7 +219,8 @@ class History(Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             write_rows(self.file, self.rows)
-            log.info("%s", _line(trainer, row))
+            if trainer.progress_bar_callback is None:  # a bar tells the same, and lines would cut it
+                log.info("%s", _line(trainer, row))
 
 
 def _line(trainer: Trainer, row: Mapping[str, float]) -> str:

@@ -21,7 +21,6 @@ class Serialization(nn.Module):
     lr_scale = 1.0
     weight_decay: float | None = None
     """None: the optimiser's."""
-    needs_features = False
 
     def build(self, student: Network) -> None:
         """Make the layer in the sizes of the student's classifier."""
@@ -63,8 +62,6 @@ class Parallel(Serialization):
 
     It starts as a copy of the student's classifier, so that training starts as plain distillation here too.
     """
-
-    needs_features = True
 
     def __init__(self, lr_scale: NonNegativeFloat) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -169,12 +170,18 @@ def teacher_places(cfg: DictConfig) -> list[Path]:
 
 def view_store_file(cfg: DictConfig, digest: str, data: ImageData) -> Path:
     """Where the view store of this teacher, data and precision is kept, below the folder of all runs."""
-    name = f"{digest[:12]}-{data.arrays.digest[:12]}-{cfg.data.padding}-{cfg.data.flip}-{cfg.trainer.precision}.views"
-    return Path(cfg.runs).expanduser() / "teachers" / name
+    augmentation = f"{cfg.data.padding}-{cfg.data.flip}"
+    return Path(cfg.runs).expanduser() / "teachers" / f"{_asked(cfg, digest, data)}-{augmentation}.views"
 
 
 def answers_file(cfg: DictConfig, runs: Path, digest: str, data: ImageData, split: str) -> Path:
     """Where the answers of the teacher with this digest to a split's images are kept, below the folder of all runs."""
     part = "test" if split == "test" else f"val-{data.val_digest}"
     limit = cfg.trainer.get("limit_val_batches") or "all"
-    return runs / "teachers" / f"{digest[:12]}-{data.arrays.digest[:12]}-{part}-{cfg.trainer.precision}-{limit}.npz"
+    return runs / "teachers" / f"{_asked(cfg, digest, data)}-{part}-{limit}.npz"
+
+
+def _asked(cfg: DictConfig, digest: str, data: ImageData) -> str:
+    """What decides a teacher's answers: its weights, the images, their normalisation, the precision."""
+    normalisation = hashlib.sha256(repr((list(cfg.data.mean), list(cfg.data.std))).encode()).hexdigest()
+    return f"{digest[:12]}-{data.arrays.digest[:12]}-{normalisation[:8]}-{cfg.trainer.precision}"

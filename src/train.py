@@ -3,7 +3,6 @@
 import copy
 import itertools
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from src.assemble import make_data, make_distiller, make_logger, make_network, make_parts, make_trainer
-from src.config import run_command
+from src.config import job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.models.checkpoints import load_weights, save_weights
@@ -45,7 +44,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     folder = RunFolder(cfg)
     networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
-    modules = {node._target_.rsplit(".", 1)[0] for node in [*networks, cfg.method, cfg.serialization]}
+    made = [*networks, cfg.method, cfg.serialization, cfg.schedule.scheduler]
+    modules = {node._target_.rsplit(".", 1)[0] for node in made if node._target_.startswith("src.")}
     fingerprints = {
         "code": code_digest(["src.distiller", *sorted(modules)]),
         "data": data.arrays.digest,
@@ -71,7 +71,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, Any], dict[str, Tensor]]:
     """Find or train the teacher, load and measure it: with what the result says of it and its predictions by split."""
-    path = find_teacher(cfg) or train_teacher(cfg)
+    found = find_teacher(cfg)
+    path = found or train_teacher(cfg)
     node = cfg.model.teacher
     network = make_network(node, "model.teacher", data.num_classes)
     load_weights(network, path)
@@ -85,7 +86,8 @@ def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, 
     published = node.published_accuracy.get(cfg.data.name)
     beside = "" if published is None else f" (published: {published:.2f} %)"
     log.info("Teacher %s from %s: test accuracy %.2f %%%s.", node.name, path, 100 * measured["accuracy"], beside)
-    if published is not None and cfg.teacher.path and abs(100 * measured["accuracy"] - published) > 1:
+    whole = cfg.trainer.limit_val_batches is None
+    if published is not None and found and whole and abs(100 * measured["accuracy"] - published) > 1:
         log.warning("This is more than one point off: check the checkpoint's normalisation and class order.")
     about = {
         "name": node.name,
@@ -148,8 +150,6 @@ def fit_stage(
     )
     trainer = make_trainer(cfg, callbacks=[History(folder), checkpoint], **trainer_options)
     trainer.fit(distiller, datamodule=data, ckpt_path=last_checkpoint(folder))
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     return trainer
 
 
@@ -209,16 +209,12 @@ def count(module: nn.Module) -> int:
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@job
 def main(cfg: DictConfig) -> float | None:
     """One job; a sweeper gets the validation accuracy, or nothing where only test data could tell."""
     if "fork" in str(cfg.trainer.strategy):
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them forever
-    try:
-        result = train(cfg)
-    finally:
-        if "wandb" in sys.modules:  # the next job of a multirun must not log into this one's run
-            sys.modules["wandb"].finish()
-    return result.get("val", {}).get("accuracy")
+    return train(cfg).get("val", {}).get("accuracy")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from src.data.arrays import save_arrays
+
+torch.set_num_threads(1)  # tests run side by side
 
 
 def colour_arrays(train: int = 200, test: int = 60, classes: int = 10) -> dict[str, np.ndarray]:

@@ -69,11 +69,11 @@ def test_every_network_is_student_and_teacher_by_its_own_name(network: str) -> N
     assert all(50 < accuracy < 100 for accuracy in cfg.model.student.published_accuracy.values())
 
 
-@pytest.mark.parametrize(("method", "layer"), itertools.product(METHODS, LAYERS))
+@pytest.mark.parametrize(("method", "layer"), list(itertools.product(METHODS, LAYERS)))
 def test_every_method_builds_with_every_serialization_that_means_something(method: str, layer: str) -> None:
     cfg = configure(f"method={method}", f"serialization={layer}", "model=resnet20_to_resnet8")
     if method == "vanilla" and layer != "none":
-        with pytest.raises(UserError, match="method=vanilla has no logit term .* add serialization=none"):
+        with pytest.raises(UserError, match=r"method=vanilla has no logit term .* add serialization=none"):
             parts_of(cfg)
         return
     parts = parts_of(cfg)
@@ -81,7 +81,7 @@ def test_every_method_builds_with_every_serialization_that_means_something(metho
     assert type(parts.method).__name__.lower() == method
 
 
-@pytest.mark.parametrize(("schedule", "method"), itertools.product(SCHEDULES, METHODS))
+@pytest.mark.parametrize(("schedule", "method"), list(itertools.product(SCHEDULES, METHODS)))
 def test_every_schedule_goes_with_every_method_and_pair(schedule: str, method: str) -> None:
     for pair in PAIRS:
         cfg = configure(f"schedule={schedule}", f"method={method}", f"model={pair}", "schedule.epochs=12")

@@ -86,7 +86,7 @@ def test_a_wrong_prediction_of_confidence_one_is_the_worst_calibration() -> None
 
 
 def test_confidence_one_shares_a_bin_with_confidence_just_below() -> None:
-    """In one bin the gaps, 1 of a wrong prediction and -0.05 of a right one, cancel in part; apart they would add up."""
+    """In one bin the gaps, 1 of a wrong prediction and -0.05 of a right one, cancel in part; apart they add up."""
     certain, nearly = [1000.0, 0.0], logits_of(0.95, 2)
     target = torch.tensor([1, 0])
     metric = ExpectedCalibrationError()

@@ -1,6 +1,7 @@
 """Pictures of finished runs."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def learning_curves(groups: Sequence[Sequence[Finished]]) -> Figure:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.2))
         ends = []
-        for colour, runs in zip(COLOURS, groups, strict=False):
+        for colour, runs in zip(cycle(COLOURS), groups, strict=False):
             for run in runs:
                 rows = run.history()
                 split = "val" if "val" in run.result else "test"
@@ -46,7 +47,7 @@ def learning_curves(groups: Sequence[Sequence[Finished]]) -> Figure:
             axes.annotate(
                 text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9
             )
-        axes.set(xlabel="epoch", ylabel="accuracy on test images, %", title="Learning curves")
+        axes.set(xlabel="epoch", ylabel="top-1 accuracy, %", title="Learning curves")
         axes.grid(axis="y", alpha=0.25)
     return figure
 

@@ -1,0 +1,47 @@
+"""The commands as a user types them, in this process: imports are most of what a command costs."""
+
+import contextlib
+import io
+import runpy
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+class Ran(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(command: str, *arguments: object) -> Ran:
+    """`python -m src.<command> <arguments>` without a new process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = [command, *(str(argument) for argument in arguments)]
+    with (
+        patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does by default
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        warnings.showwarning = lambda message, category, *_: print(f"{category.__name__}: {message}", file=err)
+        try:
+            runpy.run_path(str(SOURCE / f"{command}.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=err)
+        except BaseException:
+            code = 1
+            traceback.print_exc(file=err)
+    return Ran(code, out.getvalue(), err.getvalue())
