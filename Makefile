@@ -21,7 +21,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 quickstart: $(READY)  ## The main job on embedded data: a teacher, then a student alone, by KD and by AEKT
-	$(PYTHON) -m src.train -m experiment=quickstart method=vanilla,kd,aekt
+	$(PYTHON) -m src.train -m experiment=quickstart method=kd,aekt,vanilla
 	$(PYTHON) -m src.report runs=runs/quickstart out=reports/quickstart
 
 test: check  ## Types, style and the fast tests

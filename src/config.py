@@ -83,7 +83,7 @@ class Train:
     schedule: Schedule = field(default_factory=Schedule)
     teacher: Teacher = field(default_factory=Teacher)
     trainer: Any = MISSING
-    logger: Any = None
+    logger: Any = MISSING
     seed: int = 0
     channels_last: bool = True
     runs: str = "runs"

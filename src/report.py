@@ -54,7 +54,7 @@ def _row(runs: Sequence[Finished]) -> list[str]:
         test("nll", 1),
         test("ece"),
         test("agreement"),
-        f"{first['parameters']['student'] / 1000:,.0f} k",
+        f"{first['parameters']['student'] / 1000:,.0f}k",
         f"{mean(result['seconds'] for result in results):.0f} s",
     ]
 
