@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def readline(self, *_: object) -> str:
+    def readline(self, *_: object) -> str:  # type: ignore[override]
         pytest.fail("the logger asked for input")
 
 
@@ -91,9 +91,9 @@ def test_csv_has_a_row_a_step_and_a_new_file_at_each_resume(folder: Path) -> Non
         logger = csv_logger(folder)
         logger.log_metrics({"train/loss": value}, step=3)
         logger.save()
-    for version, value in enumerate(("1.5", "2.5")):
+    for version, text in enumerate(("1.5", "2.5")):
         with (folder / "steps" / f"version_{version}" / "metrics.csv").open(newline="") as lines:
-            assert list(csv.DictReader(lines)) == [{"step": "3", "train/loss": value}]
+            assert list(csv.DictReader(lines)) == [{"step": "3", "train/loss": text}]
 
 
 def test_tensorboard_writes_into_one_folder(folder: Path) -> None:
