@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -16,7 +16,8 @@ def wandb_logger(folder: Path, project: str) -> WandbLogger:
 
     Online where a key is at hand and the server answers, offline otherwise; it never prompts.
     """
-    wandb.finish()  # a run still open (a teacher's, an earlier job's) must not take this one's rows
+    if wandb.run is not None:  # a teacher's or an earlier job's: it must not take this one's rows
+        wandb.finish()
     name = "/".join(folder.parts[-4:])
     arguments: dict[str, Any] = {
         "project": project,
@@ -26,18 +27,20 @@ def wandb_logger(folder: Path, project: str) -> WandbLogger:
         "save_dir": str(folder),
         "resume": "allow",
     }
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and wandb.api.api_key:
+    wanted = os.environ.get("WANDB_MODE", "online")
+    if wanted == "online" and wandb.api.api_key:
         logger = WandbLogger(**arguments, settings=wandb.Settings(init_timeout=20, silent=True))
         try:
             _ = logger.experiment
         except Exception as error:  # whatever W&B raises, a run does not end because of it
             log.warning("W&B cannot be reached (%s): logging offline.", str(error).splitlines()[0])
+            wandb.teardown()  # its service still holds the run's id
         else:
             return logger
-    if mode != "disabled":
-        os.environ["WANDB_MODE"] = "offline"
-    logger = WandbLogger(**arguments, offline=mode != "disabled", settings=wandb.Settings(silent=True))
+    mode: Literal["disabled", "offline"] = "disabled" if wanted == "disabled" else "offline"
+    os.environ["WANDB_MODE"] = mode  # for the jobs that follow too
+    settings = wandb.Settings(mode=mode, silent=True)
+    logger = WandbLogger(**arguments, offline=mode == "offline", settings=settings)
     _ = logger.experiment  # here: a forked child would never close a run of its own
     return logger
 

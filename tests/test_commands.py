@@ -223,7 +223,8 @@ def test_every_logger_writes_into_the_run_folder(place: Place, monkeypatch: pyte
         }.items()
     ):
         ran = place.train("method=vanilla", f"logger={logger}", f"seed={seed}")
-        wandb.finish()  # as the end of the process does
+        wandb.finish()
+        wandb.teardown()  # as the end of the process does: until then its service may still be writing
         assert ran.code == 0, ran.err
         (folder,) = [folder for folder in place.folders("vanilla") if f"seed{seed}-" in folder.name]
         (written,) = folder.glob(pattern)

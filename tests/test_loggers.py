@@ -41,6 +41,12 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.M
     wandb.teardown()
 
 
+def finish() -> None:
+    """As the end of the process does: until then W&B's service may still be writing."""
+    wandb.finish()
+    wandb.teardown()
+
+
 def offline_runs(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
 
@@ -55,7 +61,7 @@ def test_wandb_without_a_key_logs_offline_and_never_asks(
     logger.log_metrics({"train/loss": 1.5}, step=0)
     assert logger.experiment.id == "cifar10-resnet20_to_resnet8-kd-none-seed0-0123abcd"
     assert logger.experiment.group == "resnet20_to_resnet8"
-    wandb.finish()
+    finish()
     (written,) = offline_runs(folder)
     assert written.stat().st_size > 0
     assert "train/loss" in written.read_bytes().decode("latin-1")
@@ -65,7 +71,7 @@ def test_wandb_disabled_writes_nothing(nobody: pytest.MonkeyPatch, folder: Path)
     nobody.setenv("WANDB_MODE", "disabled")
     logger = wandb_logger(folder, "aekt")
     logger.log_metrics({"train/loss": 1.5}, step=0)
-    wandb.finish()
+    finish()
     assert offline_runs(folder) == []
     assert os.environ["WANDB_MODE"] == "disabled"
 
@@ -78,7 +84,7 @@ def test_wandb_with_a_key_but_no_server_warns_and_logs_offline(
     nobody.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     logger = wandb_logger(folder, "aekt")
     logger.log_metrics({"train/loss": 1.5}, step=0)
-    wandb.finish()
+    finish()
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "src.loggers"]
     assert warning.startswith("W&B cannot be reached (")
     assert warning.endswith("logging offline.")

