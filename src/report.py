@@ -22,11 +22,11 @@ from src.run import last_checkpoint
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("network", "n", "top-1", "best", "top-5", "NLL", "ECE", "agree", "params", "time")
+COLUMNS = ("network", "n", "top-1", "best", "top-5", "NLL", "ECE", "agree", "size", "time")
 NOTE = (
     "top-1, top-5, NLL, ECE (%, nats, %): test images, last epoch, mean +- standard deviation over n seeds. best: the "
     "best epoch's top-1, on held-out images where there are some, chosen with hindsight. agree: % same class as the "
-    "teacher. time: this network's training."
+    "teacher. size: parameters. time: this network's training."
 )
 
 
@@ -139,7 +139,7 @@ def main(cfg: DictConfig) -> None:
     cells = rows(groups)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=column == "network")
+        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
     for row in cells:
         table.add_row(*row)
     Console().print(table)

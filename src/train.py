@@ -38,6 +38,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Do the run that a configuration describes, or what is left of it; its result."""
     data = make_data(cfg)
     parts = make_parts(cfg, data)
+    make_trainer(cfg, logger=False, enable_checkpointing=False)  # for its complaints
     teacher, about_teacher, predictions = ready_teacher(cfg, data) if needs_teacher(cfg) else (None, None, {})
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
     distiller.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))

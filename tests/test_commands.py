@@ -359,7 +359,7 @@ def test_a_report_of_the_runs(finished: Place, tmp_path: Path) -> None:
     assert f"Not finished: {left}" in table
     rows = [line for line in table.splitlines() if line.startswith("| resnet")]
     assert len(rows) == len(RUNS)  # the teacher's and all but the unfinished one
-    (row,) = [row for row in rows if "aekt + serial" in row]
+    (row,) = [row for row in rows if "aekt, serial" in row]
     assert f"{100 * result_of(folder)['test']['accuracy']:.1f}" in row
     assert sum("resnet8" in row for row in rows) == len(RUNS) - 1
     for picture in ("learning_curves.png", "class_relations.png"):

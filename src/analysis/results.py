@@ -21,7 +21,7 @@ class Finished:
     def label(self) -> str:
         """The method, with its serialization where it has one."""
         layer = self.result["serialization"]
-        return self.result["method"] + ("" if layer == "none" else f" + {layer}")
+        return self.result["method"] + ("" if layer == "none" else f", {layer}")
 
     @property
     def name(self) -> str:
