@@ -195,8 +195,9 @@ class History(Callback):
         self.rows = list(state_dict["rows"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and note the rate that this epoch starts with: at its end the next one's is set."""
         self.validated = False
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.epoch_start = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,10 +210,9 @@ class History(Callback):
         values = {name.removesuffix("_epoch"): value for name, value in values.items() if "/" in name}
         if not self.validated:  # what Lightning still holds is an earlier epoch's
             values = {name: value for name, value in values.items() if name.startswith("train/")}
-        learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         row = {
             "epoch": trainer.current_epoch,
-            "learning_rate": learning_rate,
+            "learning_rate": self.learning_rate,
             "seconds": time.monotonic() - self.epoch_start,
             **values,
         }

@@ -45,6 +45,11 @@ def test_two_runs_of_one_seed_are_the_same_to_the_last_bit(tmp_path):
     assert without_clock(rows) == without_clock(other_rows)
 
 
+def test_each_row_has_the_learning_rate_that_its_epoch_was_trained_with(tmp_path):
+    rows = train(tmp_path / "one", 3)[1]  # a milestone after the second epoch
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.05, 0.05, 0.005])
+
+
 def test_another_seed_is_another_run(tmp_path):
     assert not same(train(tmp_path / "one", 1)[0], train(tmp_path / "other", 1, seed=1)[0])
 
