@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -15,8 +14,9 @@ from src.config import Train, job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
+from src.metrics import of_split
 from src.models.checkpoints import load_weights
-from src.run import last_checkpoint, needs_teacher, read_json
+from src.run import checkpoint_file, needs_teacher, read_checkpoint, read_json
 from src.teacher import Answers, Teacher, answers_file
 
 TOLERANCE = 2e-3
@@ -93,7 +93,7 @@ def targets(node: Any) -> list[Any]:
 def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
     """A run's module with its last weights and the teacher's stored answers; the teacher lends only its sizes."""
     folder = folder.resolve()
-    checkpoint = last_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoints/last.ckpt: nothing to evaluate.")
     data = make_data(cfg)
@@ -107,9 +107,10 @@ def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
         predictions = {"test": answers.predictions(data.split_size("test"))} if answers else {}
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
     try:
-        distiller.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        distiller.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise UserError(f"{checkpoint} does not fit the networks of {folder / 'config.yaml'}: {error}") from None
+        file = checkpoint_file(folder)
+        raise UserError(f"{file} does not fit the networks of {folder / 'config.yaml'}: {error}") from None
     return distiller, data
 
 
@@ -117,7 +118,7 @@ def test(cfg: DictConfig, distiller: Distiller, data: ImageData) -> dict[str, fl
     """Scores on the test set by the configured trainer."""
     trainer = make_trainer(cfg, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     measured = trainer.test(distiller, datamodule=data, verbose=False)[0]
-    return {name.removeprefix("test/"): value for name, value in measured.items() if name.startswith("test/")}
+    return of_split(measured, "test")
 
 
 def show(measured: dict[str, float], reported: dict[str, float]) -> None:

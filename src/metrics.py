@@ -1,5 +1,7 @@
 """What is reported of a classifier: accuracy, likelihood, calibration, agreement with the teacher."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,6 +59,11 @@ class ExpectedCalibrationError(Metric):
     def compute(self) -> Tensor:
         """Sum over bins of |confidence - accuracy| weighted by the bin's share."""
         return (self.confidence - self.correct).abs().sum() / self.count.sum()
+
+
+def of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    """The scores that were logged as `<split>/<name>`, by name."""
+    return {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
 
 
 def scores(num_classes: int) -> MetricCollection:

@@ -18,7 +18,7 @@ from src.analysis.results import Finished, find_runs, group, spread
 from src.config import job, run_command
 from src.errors import UserError
 from src.evaluate import load_run, read_config
-from src.run import last_checkpoint
+from src.run import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,9 @@ def draw(groups: Sequence[Sequence[Finished]], out: Path) -> list[Path]:
     drawn = [figures.save(figures.learning_curves(groups), out / "learning_curves.png")]
     serial = [runs[0] for runs in groups if runs[0].result["serialization"] == "serial"]
     if serial:
-        checkpoint = last_checkpoint(serial[0].folder)
+        checkpoint = read_checkpoint(serial[0].folder)
         assert checkpoint is not None
-        weight = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"][
-            "serialization.layer.weight"
-        ]
+        weight = checkpoint["state_dict"]["serialization.layer.weight"]
         figure = figures.class_relations(weight.numpy(), serial[0].result["class_names"])
         drawn.append(figures.save(figure, out / "class_relations.png"))
     return drawn

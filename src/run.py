@@ -27,6 +27,7 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UserError
+from src.files import written_whole
 
 log = logging.getLogger(__name__)
 
@@ -166,16 +167,20 @@ class RunFolder:
         write_text(self.result_file, json.dumps(result, indent=2))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to resume from, None where there is none. Raises `UserError` where it is damaged."""
-    file = folder / "checkpoints" / "last.ckpt"
+def checkpoint_file(folder: Path) -> Path:
+    """Where a run keeps its last checkpoint."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """A run's last checkpoint, None where there is none. Raises `UserError` where it is damaged."""
+    file = checkpoint_file(folder)
     if not file.is_file():
         return None
     try:
-        torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}): start_over=true does the run again.") from None
-    return file
 
 
 class History(Callback):
@@ -253,9 +258,8 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(file)
+    with written_whole(file) as partial:
+        partial.write_text(text)
 
 
 def read_json(file: Path) -> dict[str, Any]:

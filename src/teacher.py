@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from src.data.views import normalise
 from src.errors import UserError
+from src.files import written_whole
 from src.metrics import scores
 from src.models.checkpoints import weights_digest
 from src.models.network import Network, Output
@@ -31,7 +31,7 @@ class Teacher:
     """A network that only answers.
 
     It is no `nn.Module`, so whatever holds it never registers it: no optimiser, checkpoint, gradient bucket, train
-    mode or weight average can reach it. It brings its own normalisation, whatever the student's is.
+    mode or weight average can reach it. Its normalisation is its own, not the student's.
     """
 
     def __init__(self, network: Network, mean: Iterable[float], std: Iterable[float]) -> None:
@@ -125,9 +125,8 @@ class Answers(NamedTuple):
     def save(self, file: Path) -> None:
         """Write the answers as a whole or not at all."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, logits=self.logits.numpy(), target=self.target.numpy())
-        partial.replace(file)
+        with written_whole(file) as partial:
+            np.savez(partial, logits=self.logits.numpy(), target=self.target.numpy())
 
     @classmethod
     def load(cls, file: Path) -> Answers | None:

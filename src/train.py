@@ -18,14 +18,16 @@ from src.assemble import make_data, make_distiller, make_logger, make_network, m
 from src.config import job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
+from src.metrics import of_split
 from src.models.checkpoints import load_weights, save_weights
 from src.run import (
     History,
     RunFolder,
+    checkpoint_file,
     code_digest,
     identity,
-    last_checkpoint,
     needs_teacher,
+    read_checkpoint,
     read_history,
     serialization_name,
 )
@@ -38,8 +40,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Do the run that a configuration describes, or what is left of it; its result."""
     data = make_data(cfg)
     parts = make_parts(cfg, data)
-    make_trainer(cfg, logger=False, enable_checkpointing=False)  # for its complaints
-    teacher, about_teacher, predictions = ready_teacher(cfg, data) if needs_teacher(cfg) else (None, None, {})
+    trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)  # here, so that its complaints come early
+    teacher, about_teacher, predictions = ready_teacher(cfg, data, trainer) if needs_teacher(cfg) else (None, None, {})
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
     distiller.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
 
@@ -70,8 +72,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, Any], dict[str, Tensor]]:
-    """Find or train the teacher, load and measure it: with what the result says of it and its predictions by split."""
+def ready_teacher(
+    cfg: DictConfig, data: ImageData, trainer: L.Trainer
+) -> tuple[Teacher, dict[str, Any], dict[str, Tensor]]:
+    """Find or train the teacher, load it and measure it on the trainer's device and in its precision.
+
+    Returns it with what the result says of it, and its predictions by split.
+    """
     found = find_teacher(cfg)
     path = found or train_teacher(cfg)
     node = cfg.model.teacher
@@ -79,7 +86,6 @@ def ready_teacher(cfg: DictConfig, data: ImageData) -> tuple[Teacher, dict[str, 
     load_weights(network, path)
     teacher = Teacher(network, cfg.data.mean, cfg.data.std)
 
-    trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)
     teacher.to(trainer.strategy.root_device, torch.channels_last if cfg.channels_last else torch.contiguous_format)
     splits: set[str] = {data.validates_on, "test"}
     answers = {split: teacher_answers(cfg, data, teacher, split, trainer) for split in splits}
@@ -150,7 +156,8 @@ def fit_stage(
         dirpath=folder / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
     )
     trainer = make_trainer(cfg, callbacks=[History(folder), checkpoint], **trainer_options)
-    trainer.fit(distiller, datamodule=data, ckpt_path=last_checkpoint(folder))
+    resumed = checkpoint_file(folder) if read_checkpoint(folder) else None
+    trainer.fit(distiller, datamodule=data, ckpt_path=resumed)
     return trainer
 
 
@@ -165,10 +172,10 @@ def summarise(
     """The run's result: the last epoch first, the best beside it and named so; fractions of 1, NLL in nats, seconds."""
     rows = read_history(folder.path)
     split = data.validates_on
-    scores: dict[str, Any] = {split: _of(rows[-1], split)}
+    scores: dict[str, Any] = {split: of_split(rows[-1], split)}
     if not scores.get("test"):  # validation was on held-out images, or skipped in the last epoch
         tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
-        scores = {"test": _of(tested, "test"), **({"val": scores["val"]} if split == "val" else {})}
+        scores = {"test": of_split(tested, "test"), **({"val": scores["val"]} if split == "val" else {})}
     return {
         **scores,
         "best_epoch": best_epoch(rows, split),
@@ -198,10 +205,6 @@ def best_epoch(rows: Sequence[Mapping[str, float]], split: str) -> dict[str, Any
         return None
     best = max(scored, key=lambda row: row[f"{split}/accuracy"])
     return {"split": split, "epoch": int(best["epoch"]), "accuracy": best[f"{split}/accuracy"]}
-
-
-def _of(metrics: Mapping[str, float], split: str) -> dict[str, float]:
-    return {name.removeprefix(f"{split}/"): value for name, value in metrics.items() if name.startswith(f"{split}/")}
 
 
 def count(module: nn.Module) -> int:

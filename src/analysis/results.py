@@ -31,26 +31,8 @@ class Finished:
         )
 
     @property
-    def pair(self) -> str:
-        """The student and who taught it."""
-        teacher = self.result["teacher"]
-        return f"{teacher['name']} to {self.result['student']}" if teacher else self.result["student"]
-
-    @property
-    def setting(self) -> tuple[Any, ...]:
-        """All but the seed: runs with the same setting are repetitions."""
-        return (
-            self.result["data"],
-            self.pair,
-            self.result["train_images"],
-            self.result["epochs"],
-            self.label,
-            self.rest,
-        )
-
-    @property
-    def rest(self) -> str:
-        """What else decides the result, as the run stated it."""
+    def setting(self) -> str:
+        """All that decides the result but the seed: runs with the same setting are repetitions."""
         return json.dumps(self.result["settings"], sort_keys=True)
 
     def history(self) -> list[dict[str, float]]:
@@ -71,7 +53,7 @@ def find_runs(root: Path) -> tuple[list[Finished], list[Path]]:
 
 def group(runs: Iterable[Finished]) -> list[list[Finished]]:
     """Repetitions together: networks alone first, then by method as named."""
-    groups: dict[tuple[Any, ...], list[Finished]] = {}
+    groups: dict[str, list[Finished]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
     order = {"vanilla": 0, "kd": 1, "dkd": 2}

@@ -6,7 +6,6 @@ superclass_names.
 """
 
 import hashlib
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.files import written_whole
 
 LARGEST = 64 * 2**30
 """Bytes; a file that claims more is refused before anything is read."""
@@ -142,14 +142,10 @@ def _superclasses(
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an array file as a whole or not at all. Raises `UserError` where the folder cannot be written."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_whole(path) as partial:
             np.savez(partial, **arrays)  # type: ignore[arg-type]
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot write {path} ({error.strerror or error}): choose another folder by data.root or AEKT_DATA."

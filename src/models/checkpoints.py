@@ -6,7 +6,6 @@ Lightning (`state_dict` with `student.`), bare state dicts, and ours (`model` be
 """
 
 import hashlib
-import os
 import pickle
 import re
 import zipfile
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.files import written_whole
 from src.models.network import Network
 
 
@@ -149,12 +149,8 @@ def save_weights(network: nn.Module, path: Path, /, **facts: Any) -> None:
     state = {
         name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as partial:
         torch.save({"model": state, **facts}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def weights_digest(network: nn.Module) -> str:
