@@ -14,8 +14,8 @@ from src.config import build, check_ranges
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
+from src.loading import Student, load_student, make_network, place_sources
 from src.methods.method import Method, Networks
-from src.models.network import Network
 from src.serialization import Serialization
 from src.teacher import Teacher
 
@@ -23,22 +23,18 @@ from src.teacher import Teacher
 class Parts(NamedTuple):
     """What is trained: made before any teacher is looked for, so that bad options end early."""
 
-    student: Network
+    student: Student
     method: Method
     serialization: Serialization
 
 
 def make_data(cfg: DictConfig) -> ImageData:
-    """The data module, with its arrays loaded: the first thing a command does, so options are checked here."""
+    """The data module, loaded: the first thing a command does, so options are checked and sources placed here."""
     check_ranges(cfg)
+    place_sources(cfg)
     data = hydra.utils.instantiate(cfg.data, batch_size=cfg.schedule.batch_size, seed=cfg.seed)
     data.load()
     return data
-
-
-def make_network(node: DictConfig, group: str, num_classes: int) -> Network:
-    """A network with fresh weights."""
-    return build(node, group, num_classes=num_classes)
 
 
 def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
@@ -48,7 +44,7 @@ def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
     """
     make_optimizer(cfg)  # for its complaints
     torch.manual_seed(cfg.seed)
-    student = make_network(cfg.model.student, "model.student", data.num_classes)
+    student = load_student(cfg, data)
     method = build(cfg.method, "method")
     serialization = build(cfg.serialization, "serialization")
     if type(serialization) is not Serialization and not method.distils_logits:
@@ -67,7 +63,9 @@ def make_distiller(
     teacher_predictions: Mapping[str, Tensor],
 ) -> Distiller:
     """The LightningModule; method and serialization are built in the sizes of the networks."""
-    student, method, serialization = parts
+    (student, mean, std), method, serialization = parts
+    if teacher and method.needs_features and not teacher.shapes(data.image_shape).features:
+        raise UserError(f"method={cfg.method.name} needs features, and the teacher {cfg.model.teacher.name} has none.")
     torch.manual_seed(cfg.seed)
     serialization.build(student)
     method.build(
@@ -75,7 +73,7 @@ def make_distiller(
             student=student,
             teacher=teacher,
             image_shape=data.image_shape,
-            train_size=len(data.arrays.train_labels),
+            train_size=len(data.source.train_labels),
             new_student=lambda: make_network(cfg.model.student, "model.student", data.num_classes),
         )
     )
@@ -86,8 +84,8 @@ def make_distiller(
         teacher=teacher,
         teacher_predictions=teacher_predictions,
         num_classes=data.num_classes,
-        mean=cfg.data.mean,
-        std=cfg.data.std,
+        mean=mean,
+        std=std,
         learning_rate=cfg.schedule.learning_rate,
         optimizer=make_optimizer(cfg),
         scheduler=hydra.utils.instantiate(cfg.schedule.scheduler),

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
@@ -21,29 +22,49 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
 
-FACTS = {"_target_", "_partial_", "name", "pairs", "learning_rate", "published_accuracy"}
+FACTS = {"_target_", "_partial_", "name", "pairs", "learning_rate", "published_accuracy", "mean", "std", "weights"}
 """Keys of a node that describe it and are no arguments of what it builds."""
-POSITIVE = ("schedule.epochs", "schedule.batch_size", "schedule.learning_rate", "trainer.max_epochs")
+POSITIVE = (
+    "schedule.epochs", "schedule.batch_size", "schedule.learning_rate", "trainer.max_epochs", "data.image_size",
+    "data.resize", "teacher.image_size",
+)  # fmt: skip
 NOT_NEGATIVE = ("data.padding", "data.workers")
 
 
 @dataclass
 class Data:
-    """A source of images and how they are fed."""
+    """A source of images and how they are split and fed."""
 
     name: str = MISSING
-    prepare: Any = MISSING
     root: str = "${oc.env:AEKT_DATA,data}"
-    path: str | None = None
-    mean: list[float] = MISSING
-    std: list[float] = MISSING
-    padding: int = MISSING
-    flip: bool = MISSING
     train_size: int | None = None
     val_size: int = 0
     split_seed: int = 0
     workers: int = 0
-    _target_: str = "src.data.image_data.ImageData"
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    flip: bool = True
+
+
+@dataclass
+class ArrayData(Data):
+    """Images in memory."""
+
+    _target_: str = "src.data.array_data.ArrayData"
+    prepare: Any = None
+    path: str | None = None
+    padding: int = 4
+
+
+@dataclass
+class FolderData(Data):
+    """Photos in folders, or in a streaming format."""
+
+    _target_: str = "src.data.folder_data.FolderData"
+    workers: int = "${processors:}"  # type: ignore[assignment]
+    image_size: int = 224
+    resize: int = 256
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
 
 
 @dataclass
@@ -64,6 +85,11 @@ class Teacher:
     """Where the teacher comes from."""
 
     path: str | None = None
+    source: str | None = "${oc.select:model.teacher.weights,null}"
+    allow_program: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    image_size: int | None = None
     store: str = "teachers"
     train_if_missing: bool = True
     view_store: bool = False
@@ -73,15 +99,24 @@ class Teacher:
 
 
 @dataclass
+class Student:
+    """Where the student starts."""
+
+    path: str | None = None
+    source: str | None = None
+
+
+@dataclass
 class Train:
     """`conf/train.yaml`; groups that are left open here are checked by what they build."""
 
-    data: Data = field(default_factory=Data)
+    data: Any = MISSING
     model: Any = MISSING
     method: Any = MISSING
     serialization: Any = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     teacher: Teacher = field(default_factory=Teacher)
+    student: Student = field(default_factory=Student)
     trainer: Any = MISSING
     logger: Any = MISSING
     seed: int = 0
@@ -104,8 +139,24 @@ def _scaled(epoch: int, of: int, epochs: int) -> int:
 
 
 OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
+
+
+def _stem(path: str | None, without: str) -> str:
+    """The name of a file or folder without its suffix."""
+    return without if path is None else Path(path).stem or without
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+OmegaConf.register_new_resolver("stem", _stem, replace=True)
+OmegaConf.register_new_resolver("processors", _processors, replace=True)
 OmegaConf.register_new_resolver("terminal", lambda: sys.stderr.isatty(), replace=True)
 ConfigStore.instance().store("train_schema", Train)
+for kind, schema in (("arrays", ArrayData), ("folder", FolderData)):
+    ConfigStore.instance().store(kind, schema, group="data_schema")
 ConfigStore.instance().store("evaluate_schema", Evaluate)
 
 
@@ -118,9 +169,10 @@ def check_ranges(cfg: DictConfig) -> None:
             raise UserError(f"{option}={value} does not fit: it must {lowest}.")
     if cfg.schedule.interval not in ("epoch", "step"):
         raise UserError(f"schedule.interval={cfg.schedule.interval} does not fit: it is epoch or step.")
-    for option in ("mean", "std"):
-        if len(cfg.data[option]) != 3:
-            raise UserError(f"data.{option}={cfg.data[option]} does not fit: give one number for each of 3 channels.")
+    for option in ("data.mean", "data.std", "teacher.mean", "teacher.std"):
+        value = OmegaConf.select(cfg, option)
+        if value is not None and len(value) != 3:
+            raise UserError(f"{option}={value} does not fit: give one number for each of 3 channels.")
 
 
 def build(node: DictConfig, group: str, **arguments: Any) -> Any:

@@ -1,5 +1,6 @@
 """`python -m src.evaluate`: score a run folder or a checkpoint again. `--help` is the guide."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from src.assemble import make_data, make_distiller, make_network, make_parts, make_trainer
+from src.assemble import make_data, make_distiller, make_parts, make_trainer
 from src.config import Train, job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
+from src.loading import make_network
 from src.metrics import of_split
 from src.models.checkpoints import load_weights
 from src.run import checkpoint_file, needs_teacher, read_checkpoint, read_json
@@ -34,7 +36,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, float]]:
         return evaluate_checkpoint(cfg), {}
     folder = Path(cfg.run).expanduser()
     reported = read_json(folder / "result.json")["test"] if (folder / "result.json").is_file() else {}
-    run_cfg = read_config(folder, cfg.data.root, cfg.data.path)
+    run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
     run_cfg.trainer.accelerator = cfg.trainer.accelerator
     return test(run_cfg, *load_run(folder, run_cfg)), reported
 
@@ -43,7 +45,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, float]:
     """Scores of a checkpoint of any known format as the configured student."""
     data = make_data(cfg)
     parts = make_parts(cfg, data)
-    load_weights(parts.student, Path(cfg.checkpoint).expanduser())
+    load_weights(parts.student.network, Path(cfg.checkpoint).expanduser())
     return test(cfg, make_distiller(cfg, data, parts, None, {}), data)
 
 
@@ -62,7 +64,8 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
     run_cfg.trainer.update(accelerator="auto", devices=1, strategy="auto")
     if not Path(run_cfg.data.root).expanduser().is_dir():
         run_cfg.data.root = data_root
-    run_cfg.data.path = data_path or run_cfg.data.path
+    if data_path:
+        run_cfg.data.path = data_path
     return run_cfg
 
 
@@ -100,10 +103,9 @@ def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
     parts = make_parts(cfg, data)
     teacher, predictions = None, {}
     if needs_teacher(cfg):
-        network = make_network(cfg.model.teacher, "model.teacher", data.num_classes)
-        teacher = Teacher(network, cfg.data.mean, cfg.data.std)
-        digest = read_json(folder / "run.json")["teacher"]["sha256"]
-        answers = Answers.load(answers_file(cfg, folder.parents[3], digest, data, "test"))
+        about = read_json(folder / "run.json")["teacher"]
+        teacher = blank_teacher(cfg, data, about)
+        answers = Answers.load(answers_file(cfg, folder.parents[3], about["key"], data, "test"))
         predictions = {"test": answers.predictions(data.split_size("test"))} if answers else {}
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
     try:
@@ -112,6 +114,13 @@ def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
         file = checkpoint_file(folder)
         raise UserError(f"{file} does not fit the networks of {folder / 'config.yaml'}: {error}") from None
     return distiller, data
+
+
+def blank_teacher(cfg: DictConfig, data: ImageData, about: Mapping[str, Any]) -> Teacher:
+    """A teacher of a run's sizes without its weights."""
+    chosen = about["class_index"]
+    network = make_network(cfg.model.teacher, "model.teacher", max(chosen) + 1 if chosen else data.num_classes)
+    return Teacher(network, about["mean"], about["std"], about["image_size"], chosen)
 
 
 def test(cfg: DictConfig, distiller: Distiller, data: ImageData) -> dict[str, float]:

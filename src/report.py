@@ -105,13 +105,13 @@ def draw_answers(groups: Sequence[Sequence[Finished]], out: Path, cfg: DictConfi
             return None
         batches = [distiller.eval().predict_logits(batch.images[0]) for batch in data.evaluation_loader("test")]
         said[name] = torch.cat(batches).softmax(dim=1).numpy()
-    target = data.arrays.test_labels.numpy()
+    target = data.source.test_labels.numpy()
     before, after = (probabilities.argmax(axis=1) for probabilities in said.values())
     learned = np.flatnonzero((before != target) & (after == target))
     picked = learned[:: max(1, len(learned) // 8)][:8]
     if not len(picked):
         return None
-    images = data.arrays.test_images[picked].permute(0, 2, 3, 1).numpy()
+    images = data.test_images(picked.tolist()).permute(0, 2, 3, 1).numpy()
     title = f"What the teaching changed: {len(learned)} of {len(target)} test images like these"
     chosen = {name: probabilities[picked] for name, probabilities in said.items()}
     return figures.save(

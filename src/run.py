@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 IRRELEVANT = {
     "data": {"prepare", "root", "path", "workers"},
-    "teacher": {"store", "train_if_missing", "view_store"},
+    "teacher": {"store", "train_if_missing", "view_store", "allow_program"},
     "trainer": {
         "accelerator",
         "devices",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,14 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from src.data.views import normalise
 from src.errors import UserError
 from src.files import written_whole
 from src.metrics import scores
 from src.models.checkpoints import weights_digest
-from src.models.network import Network, Output
+from src.models.network import Network, Output, Shapes, shapes
 
 if TYPE_CHECKING:
     from src.data.image_data import ImageData, Samples
@@ -31,13 +33,23 @@ class Teacher:
     """A network that only answers.
 
     It is no `nn.Module`, so whatever holds it never registers it: no optimiser, checkpoint, gradient bucket, train
-    mode or weight average can reach it. Its normalisation is its own, not the student's.
+    mode or weight average can reach it. Its normalisation, its input size and its classes are its own, not the
+    student's: `image_size` pixels (None: as they come), and `class_index` [C], which of its logits are the data's
+    classes (None: all, in their order).
     """
 
-    def __init__(self, network: Network, mean: Iterable[float], std: Iterable[float]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        mean: Iterable[float],
+        std: Iterable[float],
+        image_size: int | None = None,
+        class_index: Sequence[int] | None = None,
+    ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.image_size = image_size
+        self.class_index = list(class_index) if class_index is not None else None
         self.digest = weights_digest(network)
         self.store: ViewStore | None = None
 
@@ -45,23 +57,60 @@ class Teacher:
         """Copies of what holds the teacher (weight averages) share it."""
         return self
 
+    @property
+    def key(self) -> str:
+        """A digest of all that decides its answer to an image."""
+        decides = (self.digest, self.mean, self.std, self.image_size, self.class_index)
+        return hashlib.sha256(repr(decides).encode()).hexdigest()
+
     def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
         """Move the network."""
         self.network.to(device).to(memory_format=memory_format)
 
+    def shapes(self, image_shape: tuple[int, int, int]) -> Shapes:
+        """Sizes of its answer to views of this shape [3, H, W]."""
+        size = self.image_size
+        found = shapes(self.network, image_shape if size is None else (3, size, size))
+        return found if self.class_index is None else found._replace(logits=len(self.class_index))
+
+    def classifier(self) -> nn.Linear:
+        """A frozen copy of its last layer, from its pooled features to the data's classes."""
+        layer = copy.deepcopy(self.network.classifier_layer).requires_grad_(False)
+        if self.class_index is not None:
+            layer.out_features = len(self.class_index)
+            layer.weight.data = layer.weight.data[self.class_index]
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data[self.class_index]
+        return layer
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Output:
         """Answer uint8 views [B, 3, H, W]."""
+        said = self.network.forward_features(self._inputs(images))
+        return said._replace(logits=self._chosen(said.logits))
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, C] of uint8 views [B, 3, H, W]."""
+        return self._chosen(self.network(self._inputs(images)))
+
+    def _inputs(self, images: Tensor) -> Tensor:
         assert not self.network.training, "the teacher was put into train mode"
-        return self.network.forward_features(normalise(images, self.mean, self.std))
+        if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+        return normalise(images, self.mean, self.std)
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        return logits if self.class_index is None else logits[:, self.class_index]
 
     def view_logits(self, images: Tensor, index: Tensor, views: Tensor) -> Tensor:
         """Logits [B, C] of uint8 views [B, 3, H, W], from the store where one is set, by image and view number."""
         if self.store is None:
-            return self(images).logits
+            return self.logits(images)
         logits, unknown = self.store.read(index, views)
         if unknown.any():
-            logits[unknown] = self(images[unknown.to(images.device)]).logits.float().cpu()
+            logits[unknown] = self.logits(images[unknown.to(images.device)]).float().cpu()
             self.store.write(index[unknown], views[unknown], logits[unknown])
         return logits.to(images.device)
 
@@ -69,7 +118,7 @@ class Teacher:
         """Ask the teacher about every image of an evaluation loader."""
         device = next(self.network.parameters()).device
         with precision:
-            rows = [(self(batch.images[0].to(device)).logits.float().cpu(), batch.target) for batch in batches]
+            rows = [(self.logits(batch.images[0].to(device)).float().cpu(), batch.target) for batch in batches]
         return Answers(torch.cat([logits for logits, _ in rows]), torch.cat([target for _, target in rows]))
 
 
@@ -139,48 +188,18 @@ class Answers(NamedTuple):
         return answers if answers.logits.ndim == 2 and len(answers.logits) == len(answers.target) else None
 
 
-def find_teacher(cfg: DictConfig) -> Path | None:
-    """The checkpoint that the configuration means: `teacher.path`, else one in the local store, else None.
-
-    The store holds `<data>/<architecture>.pth` or the published layout `<architecture>_vanilla/ckpt_epoch_240.pth`.
-    Raises `UserError` where `teacher.path` names nothing, or where none is found and none may be trained.
-    """
-    if cfg.teacher.path is not None:
-        path = Path(cfg.teacher.path).expanduser()
-        if not path.is_file():
-            raise UserError(f"teacher.path={path} is no file: give a checkpoint of {cfg.model.teacher.name}.")
-        return path
-    places = teacher_places(cfg)
-    found = next((place for place in places if place.is_file()), None)
-    if found is None and not cfg.teacher.train_if_missing:
-        looked = " and ".join(str(place) for place in places)
-        raise UserError(
-            f"No teacher {cfg.model.teacher.name} for {cfg.data.name}: looked for {looked}; give teacher.path."
-        )
-    return found
-
-
-def teacher_places(cfg: DictConfig) -> list[Path]:
-    """Where the local store may hold the teacher of this data."""
-    architecture = cfg.model.teacher._target_.rsplit(".", 1)[-1]
-    store = Path(cfg.teacher.store).expanduser() / cfg.data.name
-    return [store / f"{architecture}.pth", store / f"{architecture}_vanilla" / "ckpt_epoch_240.pth"]
-
-
-def view_store_file(cfg: DictConfig, digest: str, data: ImageData) -> Path:
+def view_store_file(cfg: DictConfig, teacher: Teacher, data: ImageData) -> Path:
     """Where the view store of this teacher, data and precision is kept, below the folder of all runs."""
-    augmentation = f"{cfg.data.padding}-{cfg.data.flip}"
-    return Path(cfg.runs).expanduser() / "teachers" / f"{_asked(cfg, digest, data)}-{augmentation}.views"
+    return Path(cfg.runs).expanduser() / "teachers" / f"{_asked(cfg, teacher.key, data)}-{data.views_name}.views"
 
 
-def answers_file(cfg: DictConfig, runs: Path, digest: str, data: ImageData, split: str) -> Path:
-    """Where the answers of the teacher with this digest to a split's images are kept, below the folder of all runs."""
+def answers_file(cfg: DictConfig, runs: Path, key: str, data: ImageData, split: str) -> Path:
+    """Where the answers of the teacher with this key to a split's images are kept, below the folder of all runs."""
     part = "test" if split == "test" else f"val-{data.val_digest}"
     limit = cfg.trainer.get("limit_val_batches") or "all"
-    return runs / "teachers" / f"{_asked(cfg, digest, data)}-{part}-{limit}.npz"
+    return runs / "teachers" / f"{_asked(cfg, key, data)}-{part}-{limit}.npz"
 
 
-def _asked(cfg: DictConfig, digest: str, data: ImageData) -> str:
-    """What decides a teacher's answers: its weights, the images, their normalisation, the precision."""
-    normalisation = hashlib.sha256(repr((list(cfg.data.mean), list(cfg.data.std))).encode()).hexdigest()
-    return f"{digest[:12]}-{data.arrays.digest[:12]}-{normalisation[:8]}-{cfg.trainer.precision}"
+def _asked(cfg: DictConfig, key: str, data: ImageData) -> str:
+    """What decides a teacher's answers: itself, the images, the precision."""
+    return f"{key[:16]}-{data.source.digest[:12]}-{cfg.trainer.precision}"

@@ -14,12 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from src.assemble import make_data, make_distiller, make_logger, make_network, make_parts, make_trainer
+from src.assemble import make_data, make_distiller, make_logger, make_parts, make_trainer
 from src.config import job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
+from src.errors import UserError
+from src.loading import check_class_order, find_teacher, load_teacher, teacher_places
 from src.metrics import of_split
-from src.models.checkpoints import load_weights, save_weights
+from src.models.checkpoints import save_weights
 from src.run import (
     History,
     RunFolder,
@@ -31,7 +33,7 @@ from src.run import (
     read_history,
     serialization_name,
 )
-from src.teacher import Answers, Teacher, ViewStore, answers_file, find_teacher, teacher_places, view_store_file
+from src.teacher import Answers, Teacher, ViewStore, answers_file, view_store_file
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +49,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     folder = RunFolder(cfg)
     networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
-    made = [*networks, cfg.method, cfg.serialization, cfg.schedule.scheduler]
+    made = [*networks, cfg.data, cfg.method, cfg.serialization, cfg.schedule.scheduler]
     modules = {node._target_.rsplit(".", 1)[0] for node in made if node._target_.startswith("src.")}
     fingerprints = {
         "code": code_digest(["src.distiller", *sorted(modules)]),
-        "data": data.arrays.digest,
+        "data": data.source.digest,
         "teacher": teacher.digest if teacher else None,
     }
     finished = folder.begin(fingerprints, {"teacher": about_teacher, "class_names": data.class_names})
@@ -64,7 +66,12 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     result = summarise(cfg, distiller, data, folder, trainer, about_teacher)
     if trainer.is_global_zero:
         save_weights(
-            distiller.student, folder.student_file, name=cfg.model.student.name, class_names=list(data.class_names)
+            distiller.student,
+            folder.student_file,
+            name=cfg.model.student.name,
+            class_names=list(data.class_names),
+            mean=list(distiller.mean),
+            std=list(distiller.std),
         )
         folder.finish(result)
     trainer.strategy.barrier()
@@ -79,12 +86,12 @@ def ready_teacher(
 
     Returns it with what the result says of it, and its predictions by split.
     """
-    found = find_teacher(cfg)
-    path = found or train_teacher(cfg)
+    path = find_teacher(cfg)
+    trained_here = path is None and cfg.teacher.source is None
+    if trained_here:
+        path = train_teacher(cfg)
     node = cfg.model.teacher
-    network = make_network(node, "model.teacher", data.num_classes)
-    load_weights(network, path)
-    teacher = Teacher(network, cfg.data.mean, cfg.data.std)
+    teacher = load_teacher(cfg, data, path)
 
     teacher.to(trainer.strategy.root_device, torch.channels_last if cfg.channels_last else torch.contiguous_format)
     splits: set[str] = {data.validates_on, "test"}
@@ -92,27 +99,42 @@ def ready_teacher(
     measured = answers["test"].scores()
     published = node.published_accuracy.get(cfg.data.name)
     beside = "" if published is None else f" (published: {published:.2f} %)"
-    log.info("Teacher %s from %s: test accuracy %.2f %%%s.", node.name, path, 100 * measured["accuracy"], beside)
+    came_from = path or cfg.teacher.source
+    log.info("Teacher %s from %s: test accuracy %.2f %%%s.", node.name, came_from, 100 * measured["accuracy"], beside)
+    check_class_order(answers["test"], node.name)
     whole = cfg.trainer.limit_val_batches is None
-    if published is not None and found and whole and abs(100 * measured["accuracy"] - published) > 1:
+    if published is not None and not trained_here and whole and abs(100 * measured["accuracy"] - published) > 1:
         log.warning("This is more than one point off: check the checkpoint's normalisation and class order.")
     about = {
         "name": node.name,
-        "file": str(path),
+        "source": str(came_from),
         "sha256": teacher.digest,
+        "key": teacher.key,
+        "mean": list(teacher.mean),
+        "std": list(teacher.std),
+        "image_size": teacher.image_size,
+        "class_index": teacher.class_index,
         "published_accuracy": published,
         **measured,
     }
     if cfg.teacher.view_store:
-        file = view_store_file(cfg, teacher.digest, data)
-        teacher.store = ViewStore(file, len(data.arrays.train_labels), data.view_count, data.num_classes)
+        teacher.store = open_store(cfg, data, teacher)
     predictions = {split: said.predictions(data.split_size(split)) for split, said in answers.items()}
     return teacher, about, predictions
 
 
+def open_store(cfg: DictConfig, data: ImageData, teacher: Teacher) -> ViewStore:
+    """The view store. Raises `UserError` where views cannot be numbered."""
+    if data.view_count is None:
+        raise UserError(f"teacher.view_store=true: views of {cfg.data.name} are too many to store; set it to false.")
+    return ViewStore(
+        view_store_file(cfg, teacher, data), len(data.source.train_labels), data.view_count, data.num_classes
+    )
+
+
 def teacher_answers(cfg: DictConfig, data: ImageData, teacher: Teacher, split: str, trainer: L.Trainer) -> Answers:
     """The teacher's answers to an evaluation split, asked once for all runs under one root."""
-    file = answers_file(cfg, Path(cfg.runs).expanduser(), teacher.digest, data, split)
+    file = answers_file(cfg, Path(cfg.runs).expanduser(), teacher.key, data, split)
     answers = Answers.load(file)
     if answers is None:
         batches = itertools.islice(data.evaluation_loader(split), cfg.trainer.get("limit_val_batches"))
@@ -127,6 +149,7 @@ def train_teacher(cfg: DictConfig) -> Path:
     alone.model = {"student": cfg.model.teacher, "teacher": None, "name": cfg.model.teacher.name}
     alone.method, alone.seed = cfg.teacher.method, cfg.teacher.seed
     alone.serialization = cfg.teacher.serialization
+    alone.student.update(path=None, source=None)
     folder = RunFolder(alone)
     if not folder.result_file.is_file():  # one that is finished is as good as any other checkpoint
         log.info(
@@ -194,6 +217,7 @@ def summarise(
         "epochs": len(rows),
         "train_images": len(data.train_index),
         "class_names": list(data.class_names),
+        "superclasses": data.superclasses,
         "settings": {key: value for key, value in identity(cfg).items() if key != "seed"},
     }
 

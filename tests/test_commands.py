@@ -155,7 +155,7 @@ def test_the_teacher_is_measured_and_named(finished: Place) -> None:
         about = result_of(folder)["teacher"]
         assert about["name"] == "resnet20"
         assert about["sha256"] == weights_digest(teacher)
-        assert about["file"] == str(trained / "student.pth")
+        assert about["source"] == str(trained / "student.pth")
         assert about["accuracy"] == result_of(trained)["test"]["accuracy"]
         assert json.loads((folder / "run.json").read_text())["fingerprints"]["teacher"] == about["sha256"]
         assert 0 <= result_of(folder)["test"]["agreement"] <= 1
@@ -201,7 +201,7 @@ def test_a_teacher_at_hand_is_used(place: Place, where: str) -> None:
     ran = place.train("method=kd", "teacher.train_if_missing=false", *([f"teacher.path={file}"] * (where == "path")))
     assert (ran.code, ran.err) == (0, "")
     about = result_of(place.folder("kd"))["teacher"]
-    assert about["file"] == str(file)
+    assert about["source"] == str(file)
     assert about["sha256"] == weights_digest(teacher)
 
 
@@ -539,7 +539,11 @@ def test_help_is_a_guide(command: str) -> None:
     assert ran.code == 0
     assert f"python -m src.{command} " in ran.out
     if command == "train":
-        for group in ("data: cifar10, cifar100, glyphs", "method: aekt, dkd, kd, vanilla", "serialization: none"):
+        for group in (
+            "data: arrays, cifar10, cifar100, glyphs, imagefolder, imagenet, stream",
+            "method: aekt, dkd, kd, vanilla",
+            "serialization: none",
+        ):
             assert group in ran.out
         assert "seed=0" in ran.out
 

@@ -13,9 +13,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from src.assemble import Parts, make_network, make_optimizer, make_parts
+from src.assemble import Parts, make_optimizer, make_parts
 from src.config import build, check_ranges
+from src.data.image_data import ImageData
 from src.errors import UserError
+from src.loading import make_network, place_sources
 from src.methods.aekt import AEKT
 from src.run import identity, run_folder
 
@@ -23,11 +25,13 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 def options(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    folder = CONF / group
+    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
 
 
-CLASSES = {"cifar10": 10, "cifar100": 100, "glyphs": 62}
+CLASSES = {"cifar10": 10, "cifar100": 100, "glyphs": 62, "imagenet": 1000, "imagefolder": 7, "arrays": 5, "stream": 7}
 METHODS, PAIRS, SCHEDULES = options("method"), options("model"), options("schedule")
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 LAYERS = {"none": "Serialization", "serial": "Serial", "parallel": "Parallel"}
 
 
@@ -39,21 +43,21 @@ def configure(*overrides: str, command: str = "train") -> DictConfig:
 
 
 def parts_of(cfg: DictConfig, classes: int | None = None) -> Parts:
-    data: Any = SimpleNamespace(num_classes=classes or CLASSES[cfg.data.name])
+    data: Any = SimpleNamespace(num_classes=classes or CLASSES.get(cfg.data.name, 7), mean=MEAN, std=STD)
     return make_parts(cfg, data)
 
 
 def check_everything_builds(cfg: DictConfig) -> None:
     """All that is built before data is read."""
-    classes = CLASSES[cfg.data.name]
+    classes = CLASSES.get(cfg.data.name, 7)
     check_ranges(cfg)
     parts = parts_of(cfg)
     teacher = make_network(cfg.model.teacher, "model.teacher", classes)
-    assert parts.student.classifier_layer.out_features == teacher.classifier_layer.out_features == classes
+    assert parts.student.network.classifier_layer.out_features == teacher.classifier_layer.out_features == classes
     assert type(parts.method).__name__.lower() == cfg.method.name
     assert type(parts.serialization).__name__ in LAYERS.values()
     assert callable(hydra.utils.instantiate(cfg.schedule.scheduler))
-    assert callable(hydra.utils.instantiate(cfg.data.prepare))
+    assert isinstance(hydra.utils.instantiate(cfg.data, batch_size=8, seed=0), ImageData)
 
 
 def test_every_option_of_every_group_is_tried_here() -> None:
@@ -61,20 +65,49 @@ def test_every_option_of_every_group_is_tried_here() -> None:
     assert set(options("serialization")) == set(LAYERS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("data", "pair"), list(itertools.product(CLASSES, PAIRS)))
-def test_everything_goes_with_everything(data: str, pair: str) -> None:
-    for method, layer, schedule in itertools.product(METHODS, LAYERS, SCHEDULES):
-        if method != "vanilla" or layer == "none":
-            chosen = (f"method={method}", f"serialization={layer}", f"schedule={schedule}")
-            check_everything_builds(configure(f"data={data}", f"model={pair}", *chosen))
-
-
 @pytest.mark.parametrize("pair", PAIRS)
-def test_every_pair_builds_under_its_name(pair: str) -> None:
-    cfg = configure("method=dkd", f"model={pair}")
-    check_everything_builds(cfg)
-    assert cfg.model.name == pair == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+def test_every_method_goes_with_every_pair(pair: str) -> None:
+    for method in METHODS:
+        cfg = configure(f"method={method}", f"model={pair}")
+        check_everything_builds(cfg)
+        assert cfg.model.name == pair == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "schedule"), list(itertools.product(CLASSES, SCHEDULES)))
+def test_everything_else_goes_with_everything(data: str, schedule: str) -> None:
+    for method, layer in itertools.product(METHODS, LAYERS):
+        if method != "vanilla" or layer == "none":
+            chosen = (f"data={data}", f"schedule={schedule}", f"method={method}", f"serialization={layer}")
+            check_everything_builds(configure(*chosen, "model=resnet20_to_resnet8"))
+
+
+def test_the_published_pairs_are_there() -> None:
+    published = """
+        wrn40_2_to_wrn16_2 wrn40_2_to_wrn40_1 resnet56_to_resnet20 resnet110_to_resnet20 resnet110_to_resnet32
+        resnet32x4_to_resnet8x4 vgg13_to_vgg8 vgg13_to_mobilenetv2 resnet50_to_mobilenetv2 resnet50_to_vgg8
+        resnet32x4_to_shufflev1 resnet32x4_to_shufflev2 wrn40_2_to_shufflev1 resnet32x4_to_wrn16_2
+        resnet32x4_to_wrn40_2 wrn40_2_to_resnet8x4 wrn40_2_to_mobilenetv2 resnet34_to_resnet18 resnet50_to_mobilenetv1
+    """
+    assert set(published.split()) <= set(PAIRS)
+
+
+@pytest.mark.parametrize(("student", "rate"), [("mobilenetv2", 0.01), ("shufflev1", 0.01), ("vgg8", 0.05)])
+def test_learning_rates_go_with_the_student(student: str, rate: float) -> None:
+    assert configure(f"network@model.student={student}").schedule.learning_rate == rate
+
+
+def test_the_published_protocol_of_imagenet() -> None:
+    chosen = ("data=imagenet", "model=resnet50_to_mobilenetv1", "schedule=imagenet100")
+    cfg = configure(*chosen, "method=dkd")
+    assert (cfg.schedule.epochs, cfg.schedule.batch_size, cfg.schedule.learning_rate) == (100, 512, 0.2)
+    assert cfg.schedule.scheduler.milestones == [30, 60, 90]
+    assert cfg.schedule.optimizer.weight_decay == 1e-4
+    assert (cfg.data.image_size, cfg.data.resize, cfg.data.scale) == (224, 256, [0.08, 1.0])
+    assert (cfg.method.beta, cfg.method.temperature, cfg.method.warmup_epochs) == (2.0, 1.0, 1)
+    assert cfg.teacher.source == "torchvision/resnet50"
+    kd = configure(*chosen, "method=kd").method
+    assert (kd.cross_entropy_weight, kd.kd_weight, kd.temperature) == (0.5, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("data", CLASSES)
@@ -86,8 +119,8 @@ def test_every_data_builds(data: str) -> None:
 @pytest.mark.parametrize("classes", [10, 100])
 def test_every_network_builds_under_its_name(network: str, classes: int) -> None:
     node: Any = OmegaConf.load(CONF / "network" / f"{network}.yaml")
-    assert node.name == network
-    assert node._target_.rsplit(".", 1)[-1].replace("_", "") == network.replace("_", "")
+    assert node.name == network.rsplit("/", 1)[-1]
+    assert node._target_.rsplit(".", 1)[-1].replace("_", "").lower() == node.name.replace("_", "")
     assert make_network(node, "network", classes).classifier_layer.out_features == classes
     assert all(50 < accuracy < 100 for accuracy in node.published_accuracy.values())
 
@@ -108,8 +141,8 @@ def test_every_method_builds_with_every_serialization_that_means_something(metho
 def test_every_schedule_builds(schedule: str) -> None:
     cfg = configure(f"schedule={schedule}", "schedule.epochs=12")
     check_everything_builds(cfg)
-    assert parts_of(cfg).method.warmup_epochs == 1
-    assert make_optimizer(cfg).keywords == {"momentum": 0.9, "weight_decay": 5e-4}
+    assert parts_of(cfg).method.warmup_epochs == (0 if "imagenet" in schedule else 1)
+    assert make_optimizer(cfg).keywords == {"momentum": 0.9, "weight_decay": 1e-4 if "imagenet" in schedule else 5e-4}
     assert cfg.trainer.max_epochs == 12
 
 
@@ -121,6 +154,8 @@ def test_every_schedule_builds(schedule: str) -> None:
         ("resnet20_to_resnet8", 2.0),
         ("slimnet600k_to_resnet8", 2.0),
         ("slimnet600k_to_resnet20", 2.0),
+        ("vgg13_to_mobilenetv2", 6.0),
+        ("resnet34_to_resnet18", 0.5),
     ],
 )
 @pytest.mark.parametrize("method", ["dkd", "aekt"])
@@ -206,10 +241,41 @@ def test_report_composes() -> None:
 
 def test_weights_start_from_the_seed_whatever_the_method() -> None:
     def first(*overrides: str) -> Any:
-        return parts_of(configure(*overrides)).student.state_dict()["conv1.weight"]
+        return parts_of(configure(*overrides)).student.network.state_dict()["conv1.weight"]
 
     assert first("method=vanilla").equal(first("method=aekt"))
     assert not first("method=vanilla").equal(first("method=vanilla", "seed=1"))
+
+
+def test_a_source_takes_the_place_of_the_network_and_keeps_its_learning_rate() -> None:
+    cfg = copy.deepcopy(
+        configure("model=resnet34_to_resnet18", "teacher.source=timm/resnet26t", "student.source=torchvision/resnet18")
+    )
+    place_sources(cfg)
+    assert (cfg.model.teacher.name, cfg.model.student.name) == ("resnet26t", "resnet18")
+    assert cfg.model.name == "resnet26t_to_resnet18"
+    assert cfg.model.teacher.published_accuracy == {}
+    assert cfg.model.student.published_accuracy == {"imagenet": 69.76}
+    assert cfg.schedule.learning_rate == 0.2
+    once = copy.deepcopy(cfg)
+    place_sources(cfg)
+    assert cfg == once
+
+
+def test_a_program_gives_the_teacher_its_name() -> None:
+    cfg = copy.deepcopy(configure())
+    cfg.teacher.update(allow_program=True, path="somewhere/efficientnet_lite0.pt2")
+    place_sources(cfg)
+    assert cfg.model.name == "efficientnet_lite0_to_wrn16_2"
+    assert cfg.model.teacher.published_accuracy == {}
+
+
+@pytest.mark.parametrize("source", ["keras/resnet50", "torchvision", "timm/", "somewhere/teacher.pth"])
+def test_an_unknown_source_is_refused(source: str) -> None:
+    cfg = copy.deepcopy(configure())
+    cfg.teacher.source = source
+    with pytest.raises(UserError, match=f"^teacher.source={source} is not known, these are: mdistiller, torchvision/"):
+        place_sources(cfg)
 
 
 # A run's identity
@@ -239,6 +305,7 @@ def folder_of(*overrides: str) -> Path:
         "teacher.store=elsewhere",
         "teacher.train_if_missing=false",
         "teacher.view_store=true",
+        "teacher.allow_program=true",
         "data.workers=3",
         "data.root=elsewhere",
         "data.path=elsewhere/file.npz",
@@ -288,6 +355,10 @@ def test_the_folder_of_runs_is_no_identity() -> None:
         "data.flip=false",
         "teacher.seed=1",
         "teacher.path=somewhere/teacher.pth",
+        "teacher.source=timm/resnet18",
+        "teacher.image_size=64",
+        "student.path=somewhere/student.pth",
+        "student.source=timm/resnet18",
         "trainer=debug",
         "trainer.precision=bf16-mixed",
         "channels_last=false",
@@ -357,6 +428,8 @@ def test_a_subclass_knows_the_options_of_its_base() -> None:
         "data.workers=-1",
         "schedule.interval=never",
         "data.mean=[0.5]",
+        "teacher.std=[0.5]",
+        "teacher.image_size=0",
     ],
 )
 def test_numbers_that_cannot_be_trained_with(option: str) -> None:

@@ -1,5 +1,6 @@
 """A distillation small enough for a test: resnet8 on coloured squares of 16 pixels."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import lightning as L
 import numpy as np
 import torch
 
+from src.data.array_data import ArrayData
 from src.data.arrays import save_arrays
-from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.methods.method import Method, Networks
+from src.models.network import Network
 from src.models.resnet import resnet8, resnet14
 from src.serialization import Serialization
 from src.teacher import Teacher
@@ -31,9 +33,9 @@ def write_arrays(file: Path, train: int = 44, test: int = 17) -> Path:
     return file
 
 
-def tiny_data(folder: Path, *, seed: int = 0, workers: int = 0, views: int = 1, batch_size: int = 8) -> ImageData:
+def tiny_data(folder: Path, *, seed: int = 0, workers: int = 0, views: int = 1, batch_size: int = 8) -> ArrayData:
     file = folder / "tiny.npz"
-    data = ImageData(
+    data = ArrayData(
         name="tiny", prepare=lambda root: write_arrays(root / "tiny.npz"), root=str(folder),
         path=str(file) if file.is_file() else None, mean=MEAN, std=STD, padding=2, flip=True, train_size=None,
         val_size=0, split_seed=0, workers=workers, batch_size=batch_size, seed=seed,
@@ -43,25 +45,26 @@ def tiny_data(folder: Path, *, seed: int = 0, workers: int = 0, views: int = 1, 
     return data
 
 
-def tiny_teacher() -> Teacher:
+def tiny_teacher(new_teacher: Callable[..., Network] = resnet14) -> Teacher:
     torch.manual_seed(99)
-    network = resnet14(CLASSES)
+    network = new_teacher(CLASSES)
     network.train()(torch.randn(16, 3, 16, 16))  # batch norms that have seen something
     return Teacher(network, MEAN, STD)
 
 
 def tiny_distiller(
-    data: ImageData,
+    data: ArrayData,
     method: Method,
     *,
     teacher: Teacher | None = None,
     serialization: Serialization | None = None,
     seed: int = 0,
+    new_student: Callable[..., Network] = resnet8,
 ) -> Distiller:
     torch.manual_seed(seed)
-    student, serialization = resnet8(CLASSES), serialization or Serialization()
+    student, serialization = new_student(CLASSES), serialization or Serialization()
     serialization.build(student)
-    method.build(Networks(student, teacher, data.image_shape, len(data.arrays.train_labels), partial(resnet8, CLASSES)))
+    method.build(Networks(student, teacher, data.image_shape, len(data.source.train_labels), partial(new_student, CLASSES)))
     return Distiller(
         student=student, method=method, serialization=serialization, teacher=teacher,
         teacher_predictions={"test": torch.zeros(17, dtype=torch.int64)} if teacher else {}, num_classes=CLASSES,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src.data.source import Source
 from src.errors import UserError
 from src.files import written_whole
 
@@ -23,22 +24,13 @@ LARGEST_RATIO = 200
 """How far an array of 256 MiB or more may be compressed: images never are by as much, a bomb is."""
 
 
-@dataclass(frozen=True)
-class ImageArrays:
+@dataclass(frozen=True, kw_only=True)
+class ImageArrays(Source):
     """Images in memory."""
 
     train_images: Tensor
     """[N, 3, H, W] uint8"""
-    train_labels: Tensor
-    """[N] int64"""
     test_images: Tensor
-    test_labels: Tensor
-    class_names: tuple[str, ...]
-    superclass_names: tuple[str, ...] | None
-    superclass_of: tuple[int, ...] | None
-    """The superclass of each class."""
-    digest: str
-    """Of the file's content."""
 
 
 def load_arrays(path: Path) -> ImageArrays:

@@ -1,9 +1,7 @@
-"""The DataModule: images in memory, batches that are a function of (seed, epoch, batch), views made on the device."""
+"""The DataModule: batches that are a function of (seed, epoch, batch), whatever images are read from."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -11,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.data.arrays import ImageArrays, load_arrays
-from src.data.views import crop_and_flip, draw_views, epoch_order, random_bits, view_count
+from src.data.source import Source
+from src.data.views import epoch_order, random_bits
 from src.errors import UserError
 
 SPLIT_STREAM = 1 << 20
+Split = Literal["train", "val", "test"]
 
 
 class Samples(NamedTuple):
@@ -31,28 +30,31 @@ class Samples(NamedTuple):
     """The number [B] int64 of each image's view, for each view; empty in evaluation."""
 
 
-class BatchReader(Dataset[Samples]):
-    """Gathers whole batches from arrays in memory."""
+class Share(NamedTuple):
+    """What one device reads for one batch."""
 
-    def __init__(self, images: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
-        self.images, self.labels, self.index = images, labels, index
-
-    def __len__(self) -> int:
-        return len(self.labels) if self.index is None else len(self.index)
-
-    def __getitems__(self, positions: list[int]) -> Samples:
-        """The batch at these positions of the split."""
-        index = torch.tensor(positions)
-        rows = index if self.index is None else self.index[index]
-        return Samples((self.images[rows],), self.labels[rows], index)
+    epoch: int
+    positions: list[int]
 
 
-class EpochBatches(Sampler[list[int]]):
+class Reader(Dataset[Samples]):
+    """Reads the `Samples` of a `Share` of one split."""
+
+    def __getitem__(self, share: Share) -> Samples:
+        raise NotImplementedError
+
+    def __getitems__(self, share: Share) -> Samples:
+        """What a DataLoader calls with each item of its batch sampler."""
+        return self[share]
+
+
+class EpochBatches(Sampler[Share]):
     """Batches of positions 0 .. size - 1 as a function of (seed, epoch): every device takes its share of each global
     batch.
 
     Shuffled (training): the last batch keeps a multiple of the number of devices. In order (evaluation): every
     position once over all devices, in batches of nearly one size, so that every device has equally many.
+    `blocks` [size]: where each position is stored, for an order that keeps what is stored together.
     """
 
     def __init__(
@@ -62,11 +64,12 @@ class EpochBatches(Sampler[list[int]]):
         *,
         seed: int | None,
         index: Tensor | None = None,
+        blocks: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
     ) -> None:
-        self.size, self.batch_size, self.seed, self.index = size, batch_size, seed, index
+        self.size, self.batch_size, self.seed, self.index, self.blocks = size, batch_size, seed, index, blocks
         self.rank, self.world_size = rank, world_size
         self.epoch = epoch
         self.sampler = self  # where Lightning looks for set_epoch
@@ -79,35 +82,36 @@ class EpochBatches(Sampler[list[int]]):
         kept = self.size - self.size % self.world_size if self.seed is not None else self.size
         return -(-kept // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.arange(self.size) if self.seed is None else epoch_order(self.seed, self.epoch, self.size)
+    def __iter__(self) -> Iterator[Share]:
+        if self.seed is None:
+            order = torch.arange(self.size)
+        else:
+            order = epoch_order(self.seed, self.epoch, self.size, self.blocks)
         rows = order if self.index is None else self.index[order]
         for batch in rows.split(self.batch_size) if self.seed is not None else rows.tensor_split(len(self)):
             if self.seed is not None:
                 batch = batch[: len(batch) - len(batch) % self.world_size]
             if share := batch[self.rank :: self.world_size].tolist():
-                yield share
+                yield Share(self.epoch, share)
 
 
 class ImageData(L.LightningDataModule):
-    """Any image data that fits into memory, from one array file.
+    """Any image data: how it is split, dealt to devices and seen; a subclass says what is read and augmented, and how.
 
-    `prepare` makes the file in `root` where it is missing; `path` names a ready one instead. `train_size` keeps a
-    stratified part of the training images, `val_size` holds some out, both drawn by `split_seed`. `batch_size` is
-    global.
+    `train_size` keeps a stratified part of the training images, `val_size` holds some out, both drawn by `split_seed`.
+    `batch_size` is global. `mean` and `std` are the student's normalisation.
     """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    evaluation_batch_size = 500
+    blocks: Tensor | None = None
+    """Where each training image is stored, [N] int64, if images that are stored together should be read together."""
 
     def __init__(
         self,
         *,
         name: str,
-        prepare: Callable[[Path], Path],
-        root: str,
-        path: str | None,
-        mean: Sequence[float],
-        std: Sequence[float],
-        padding: int,
-        flip: bool,
         train_size: int | None,
         val_size: int,
         split_seed: int,
@@ -116,18 +120,46 @@ class ImageData(L.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.name, self.prepare_file, self.root, self.path = name, prepare, root, path
-        self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
+        self.name = name
         self.train_size, self.val_size, self.split_seed = train_size, val_size, split_seed
         self.workers, self.batch_size, self.seed = workers, batch_size, seed
         self.views = 1
         """How many views of each image the method asks for."""
 
+    def read(self) -> Source:
+        """Labels and classes, and whatever `reader` needs. Raises `UserError` where there is no such data."""
+        raise NotImplementedError
+
+    def reader(self, split: Split, index: Tensor | None = None) -> Reader:
+        """For the split `train` or `test`, or `val`: the part of the training split at `index`.
+
+        For training it may make the views already, or leave that to `augment`.
+        """
+        raise NotImplementedError
+
+    def augment(self, batch: Samples, epoch: int) -> Samples:
+        """On the device: the views of an epoch."""
+        return batch
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of a view."""
+        raise NotImplementedError
+
+    @property
+    def view_count(self) -> int | None:
+        """How many different views the augmentation can make of an image; None where they are not countable."""
+        return None
+
+    @property
+    def views_name(self) -> str:
+        """Tells a countable augmentation from others in a file name."""
+        raise NotImplementedError
+
     def load(self) -> None:
-        """Read the arrays and draw the splits. Raises `UserError` where the file or a size does not serve."""
-        file = Path(self.path).expanduser() if self.path else self.prepare_file(Path(self.root).expanduser())
-        self.arrays: ImageArrays = load_arrays(file)
-        labels = self.arrays.train_labels
+        """Read the labels and draw the splits. Raises `UserError` where the data or a size does not serve."""
+        self.source = self.read()
+        labels = self.source.train_labels
         self.val_index = stratified(labels, torch.arange(len(labels)), self.val_size, self.split_seed, "data.val_size")
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[self.val_index] = False
@@ -140,18 +172,18 @@ class ImageData(L.LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return len(self.arrays.class_names)
+        return len(self.source.class_names)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names by class."""
-        return self.arrays.class_names
+        return self.source.class_names
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(3, H, W)."""
-        _, height, width = self.arrays.train_images.shape[1:]
-        return 3, height, width
+    def superclasses(self) -> list[str] | None:
+        """The name of each class's superclass, where the data has such."""
+        names, of = self.source.superclass_names, self.source.superclass_of
+        return [names[superclass] for superclass in of] if names and of else None
 
     @property
     def validates_on(self) -> Literal["val", "test"]:
@@ -165,12 +197,7 @@ class ImageData(L.LightningDataModule):
 
     def split_size(self, split: str) -> int:
         """Number of images in `val` or `test`."""
-        return len(self.val_index if split == "val" else self.arrays.test_labels)
-
-    @property
-    def view_count(self) -> int:
-        """How many different views the augmentation can make of an image."""
-        return view_count(self.padding, self.flip)
+        return len(self.val_index if split == "val" else self.source.test_labels)
 
     def train_dataloader(self) -> DataLoader[Samples]:
         """Shuffled batches of this device's share."""
@@ -184,11 +211,12 @@ class ImageData(L.LightningDataModule):
             self.batch_size,
             seed=self.seed,
             index=self.train_index,
+            blocks=None if self.blocks is None else self.blocks[self.train_index],
             rank=rank,
             world_size=world_size,
             epoch=self._first_epoch(),
         )
-        return self._loader(BatchReader(self.arrays.train_images, self.arrays.train_labels), batches)
+        return self._loader(self.reader("train"), batches)
 
     def val_dataloader(self) -> DataLoader[Samples]:
         """The split that `validates_on` names."""
@@ -200,28 +228,25 @@ class ImageData(L.LightningDataModule):
 
     def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> DataLoader[Samples]:
         """`val` or `test` in order, every image once over all devices."""
-        if split == "val":
-            reader = BatchReader(self.arrays.train_images, self.arrays.train_labels, self.val_index)
-        else:
-            reader = BatchReader(self.arrays.test_images, self.arrays.test_labels)
-        return self._loader(reader, EpochBatches(len(reader), 500, seed=None, rank=rank, world_size=world_size))
+        reader = self.reader("val", self.val_index) if split == "val" else self.reader("test")
+        batches = EpochBatches(
+            self.split_size(split), self.evaluation_batch_size, seed=None, rank=rank, world_size=world_size
+        )
+        return self._loader(reader, batches)
+
+    def test_images(self, positions: list[int]) -> Tensor:
+        """Some test images, uint8 [N, 3, H, W]."""
+        return self.reader("test")[Share(0, positions)].images[0]
 
     def on_after_batch_transfer(self, batch: Samples, dataloader_idx: int) -> Samples:
         """On the device: training images become views, evaluation images stay."""
         assert self.trainer is not None
         return self.augment(batch, self.trainer.current_epoch) if self.trainer.training else batch
 
-    def augment(self, batch: Samples, epoch: int) -> Samples:
-        """The views of an epoch."""
-        (images,) = batch.images
-        draw = partial(draw_views, batch.index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip)
-        views = tuple(draw(view=view) for view in range(self.views))
-        return batch._replace(images=tuple(crop_and_flip(images, view, self.padding) for view in views), views=views)
-
-    def _loader(self, reader: BatchReader, batches: EpochBatches) -> DataLoader[Samples]:
+    def _loader(self, reader: Reader, batches: EpochBatches) -> DataLoader[Samples]:
         return DataLoader(
             reader,
-            batch_sampler=batches,
+            batch_sampler=batches,  # type: ignore[arg-type]  # a batch is a Share
             collate_fn=_as_it_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

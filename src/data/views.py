@@ -5,6 +5,7 @@ the device or what ran before. Any split over processes sees the same views, and
 ones.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,12 +41,30 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-ORDER, FIRST_VIEW = 0, 1
+def uniform(bits: Tensor, draw: int | Tensor) -> Tensor:
+    """Number `draw` of each element's stream of random numbers, float64 in [0, 1), from its 63 random bits.
+
+    [B] for one number and bits [B]; [D, B] for numbers [D, 1].
+    """
+    return _shift_right(_mix(_mix(bits) ^ draw), 11).double() * 2.0**-53
 
 
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """A permutation of 0 .. count - 1, [count] int64, for this epoch."""
-    return torch.argsort(random_bits(seed, epoch, torch.arange(count), ORDER), stable=True)
+ORDER, FIRST_VIEW, BLOCK_ORDER = 0, 1, (1 << 20) + 1
+BLOCKS_AT_ONCE = 16
+
+
+def epoch_order(seed: int, epoch: int, count: int, blocks: Tensor | None = None) -> Tensor:
+    """A permutation of 0 .. count - 1, [count] int64, for this epoch.
+
+    `blocks` [count] int64 tells where each is stored. Then blocks come one after the other in random order, each spread
+    over the stretch of BLOCKS_AT_ONCE: every block is needed for a short time once an epoch.
+    """
+    bits = random_bits(seed, epoch, torch.arange(count), ORDER)
+    if blocks is None:
+        return torch.argsort(bits, stable=True)
+    stored, block_of = blocks.unique(return_inverse=True)
+    place = torch.argsort(torch.argsort(random_bits(seed, epoch, stored, BLOCK_ORDER), stable=True))
+    return torch.argsort(place[block_of] + BLOCKS_AT_ONCE * uniform(bits, 0), stable=True)
 
 
 def view_count(padding: int, flip: bool) -> int:
@@ -76,8 +95,39 @@ def crop_and_flip(images: Tensor, views: Tensor, padding: int) -> Tensor:
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
+CROP_ATTEMPTS = 10
+
+
+def resized_crop_boxes(
+    views: Tensor, heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """What each view [B] of 63 random bits cuts out of its image, which is `heights` x `widths` pixels [B] large.
+
+    Boxes [B, 4] int64 of left, top, width and height, and whether to mirror, [B] bool: distributed as torchvision's
+    RandomResizedCrop (a share of the area within `scale`, a quotient of width and height log-uniform within `ratio`,
+    10 attempts at a box that fits, else the largest central one) followed by RandomHorizontalFlip.
+    """
+    draws = uniform(views, torch.arange(2 * CROP_ATTEMPTS + 3, device=views.device)[:, None])
+    area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[0 : 2 * CROP_ATTEMPTS : 2])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    quotient = torch.exp(low + (high - low) * draws[1 : 2 * CROP_ATTEMPTS : 2])
+    width, height = (area * quotient).sqrt().round(), (area / quotient).sqrt().round()
+    fits = (width > 0) & (width <= widths) & (height > 0) & (height <= heights)
+    first = fits.int().argmax(dim=0, keepdim=True)
+    any_fits = fits.any(dim=0)
+    central_width = torch.minimum(widths, (heights * ratio[1]).round())
+    central_height = torch.minimum(heights, (widths / ratio[0]).round())
+    width = torch.where(any_fits, width.gather(0, first)[0], central_width)
+    height = torch.where(any_fits, height.gather(0, first)[0], central_height)
+    left, top = (
+        torch.where(any_fits, (draw * (whole - part + 1)).floor(), ((whole - part) / 2).floor())
+        for draw, whole, part in ((draws[-3], widths, width), (draws[-2], heights, height))
+    )
+    return torch.stack([left, top, width, height], dim=1).long(), draws[-1] < 0.5
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std in float32, per channel, of uint8 images [B, C, H, W]."""
     scale = torch.tensor(std, device=images.device)[:, None, None] * 255
     shift = torch.tensor(mean, device=images.device)[:, None, None] * 255
-    return (images.float() - shift) / scale
+    return images.float().sub_(shift).div_(scale)  # in place: on a processor memory is what takes time

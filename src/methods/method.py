@@ -18,7 +18,6 @@ A method is a function from what student and teacher said to named loss terms. A
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,12 +103,12 @@ class Networks:
     def teacher_shapes(self) -> Shapes:
         """Sizes of the teacher's logits and features."""
         assert self.teacher is not None
-        return shapes(self.teacher.network, self.image_shape)
+        return self.teacher.shapes(self.image_shape)
 
     def teacher_classifier(self) -> nn.Linear:
         """A frozen copy of the teacher's last layer, the method's to keep (and saved with it)."""
         assert self.teacher is not None
-        return copy.deepcopy(self.teacher.network.classifier_layer).requires_grad_(False)
+        return self.teacher.classifier()
 
 
 class Stage(NamedTuple):

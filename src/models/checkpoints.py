@@ -55,6 +55,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return _without_prefixes(tensors)
 
 
+def read_facts(path: Path) -> dict[str, list[Any]]:
+    """What our files say beside their weights of how a network is fed: `class_names`, `mean`, `std`, where it is there.
+
+    Raises `UserError` for each reason of `read_state_dict`.
+    """
+    content = _read(path)
+    found = content if isinstance(content, dict) and isinstance(content.get("model"), dict) else {}
+    facts = {}
+    for name, kind, count in (("class_names", str, None), ("mean", float, 3), ("std", float, 3)):
+        values: Any = found.get(name)
+        fits = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+        if fits and len(values) == (count or len(values)) > 0:
+            facts[name] = values
+    return facts
+
+
 def _read(path: Path) -> Any:
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint file in it.")
@@ -110,9 +126,11 @@ def load_weights(network: Network, path: Path) -> None:
     """
     tensors = read_state_dict(path)
     expected = network.state_dict()
-    bias = next(name for name, value in network.named_parameters() if value is network.classifier_layer.bias)
-    if bias in tensors and tensors[bias].shape != expected[bias].shape:
-        counts = f"{tensors[bias].numel()} classes and the network has {expected[bias].numel()}"
+    head = next(name for name, value in network.named_parameters() if value is network.classifier_layer.weight)
+    classes, inputs = expected[head].shape
+    found = list(tensors[head].shape) if head in tensors else []
+    if found[1:] == [inputs] and found[0] != classes:
+        counts = f"{found[0]} classes and the network has {classes}"
         raise UserError(f"{path} was trained on {counts}: give a checkpoint of a network for the same classes.")
     wrong = _differences(expected, tensors)
     if wrong:

@@ -1,8 +1,11 @@
 """Residual networks for images of 32 x 32 pixels: K. He et al., arXiv 1512.03385, section 4.2.
 
 Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller, whose
-checkpoints load unchanged.
+checkpoints load unchanged; their shortcuts are the paper's option B. Networks named `option_a` have its option A, the
+paper's choice for CIFAR-10, and the names of Y. Idelbayev's implementation, whose checkpoints load unchanged.
 """
+
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,17 +13,35 @@ from torch.nn import functional as F
 from src.models.network import Network, Output
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; a 1x1 convolution on the shortcut where the size changes."""
+class PaddedShortcut(nn.Module):
+    """Option A of section 3.3, without parameters: every stride-th pixel, and zeros for the channels to come.
+
+    As many zero channels before as after.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; where the size changes, a 1x1 convolution on the shortcut, or option A there."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, option_a: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != channels:
+        if option_a and (stride != 1 or in_channels != channels):
+            self.downsample = PaddedShortcut(in_channels, channels, stride)
+        elif stride != 1 or in_channels != channels:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
@@ -38,23 +59,26 @@ class CifarResNet(Network):
     Depth is 6 blocks + 2. Features: the stem's and the three stages' outputs.
     """
 
-    def __init__(self, blocks: int, widths: tuple[int, int, int, int], num_classes: int) -> None:
+    def __init__(
+        self, blocks: int, widths: tuple[int, int, int, int], num_classes: int, option_a: bool = False
+    ) -> None:
         super().__init__()
         stem, first, second, third = widths
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = _stage(stem, first, blocks, stride=1)
-        self.layer2 = _stage(first, second, blocks, stride=2)
-        self.layer3 = _stage(second, third, blocks, stride=2)
-        self.fc = nn.Linear(third, num_classes)
+        self.layer1 = _stage(stem, first, blocks, 1, option_a)
+        self.layer2 = _stage(first, second, blocks, 2, option_a)
+        self.layer3 = _stage(second, third, blocks, 2, option_a)
+        self.head_name = "linear" if option_a else "fc"
+        self.add_module(self.head_name, nn.Linear(third, num_classes))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
     def classifier_layer(self) -> nn.Linear:
-        """`fc`."""
-        return self.fc
+        """`fc`, or `linear` in networks of option A."""
+        return cast(nn.Linear, self.get_submodule(self.head_name))
 
     def forward_features(self, images: Tensor) -> Output:
         """Logits, features of the stem and the three stages, pooled features."""
@@ -63,11 +87,11 @@ class CifarResNet(Network):
         f2 = self.layer2(f1)
         f3 = self.layer3(f2)
         pooled = f3.mean((2, 3))
-        return Output(self.fc(pooled), (f0, f1, f2, f3), pooled)
+        return Output(self.classifier_layer(pooled), (f0, f1, f2, f3), pooled)
 
 
-def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_channels, channels, stride)
+def _stage(in_channels: int, channels: int, blocks: int, stride: int, option_a: bool) -> nn.Sequential:
+    first = BasicBlock(in_channels, channels, stride, option_a)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
 
@@ -118,3 +142,28 @@ def resnet8x4(num_classes: int = 100) -> CifarResNet:
 def resnet32x4(num_classes: int = 100) -> CifarResNet:
     """7,433,860 parameters for 100 classes: resnet32, four times as wide."""
     return CifarResNet(5, WIDE, num_classes)
+
+
+def resnet20_option_a(num_classes: int = 10) -> CifarResNet:
+    """269,722 parameters for 10 classes."""
+    return CifarResNet(3, NARROW, num_classes, option_a=True)
+
+
+def resnet32_option_a(num_classes: int = 10) -> CifarResNet:
+    """464,154 parameters for 10 classes."""
+    return CifarResNet(5, NARROW, num_classes, option_a=True)
+
+
+def resnet44_option_a(num_classes: int = 10) -> CifarResNet:
+    """658,586 parameters for 10 classes."""
+    return CifarResNet(7, NARROW, num_classes, option_a=True)
+
+
+def resnet56_option_a(num_classes: int = 10) -> CifarResNet:
+    """853,018 parameters for 10 classes."""
+    return CifarResNet(9, NARROW, num_classes, option_a=True)
+
+
+def resnet110_option_a(num_classes: int = 10) -> CifarResNet:
+    """1,727,962 parameters for 10 classes."""
+    return CifarResNet(18, NARROW, num_classes, option_a=True)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from src.data.array_data import ArrayData
 from src.data.arrays import save_arrays
-from src.data.image_data import ImageData
 
 
 def arrays(train: int = 60, test: int = 23, classes: int = 3, size: tuple[int, int] = (8, 6)) -> dict[str, np.ndarray]:
@@ -23,10 +23,10 @@ def arrays(train: int = 60, test: int = 23, classes: int = 3, size: tuple[int, i
 
 
 @pytest.fixture
-def make_data(tmp_path: Path) -> Callable[..., ImageData]:
+def make_data(tmp_path: Path) -> Callable[..., ArrayData]:
     """An unloaded data module over a small array file; options of the file are prefixed `file_`."""
 
-    def make(**options: Any) -> ImageData:
+    def make(**options: Any) -> ArrayData:
         file_options = {key.removeprefix("file_"): options.pop(key) for key in list(options) if key.startswith("file_")}
         path = tmp_path / "small.npz"
         save_arrays(path, **arrays(**file_options))
@@ -46,7 +46,7 @@ def make_data(tmp_path: Path) -> Callable[..., ImageData]:
             "batch_size": 16,
             "seed": 0,
         }
-        return ImageData(**{**defaults, **options})
+        return ArrayData(**{**defaults, **options})
 
     return make
 

@@ -6,10 +6,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as tv
 
-from src.data.views import crop_and_flip, draw_views, epoch_order, normalise, random_bits, view_count
+from src.data.views import (
+    BLOCKS_AT_ONCE,
+    ORDER,
+    crop_and_flip,
+    draw_views,
+    epoch_order,
+    normalise,
+    random_bits,
+    resized_crop_boxes,
+    uniform,
+    view_count,
+)
 
 MASK = (1 << 64) - 1
 
@@ -82,6 +93,121 @@ def test_the_order_is_another_permutation_in_each_epoch() -> None:
     assert np.abs(np.corrcoef(ranks) - np.eye(4)).max() < 0.15
     fixed_points = [(a == b).sum() for i, a in enumerate(orders) for b in orders[:i]]
     assert max(fixed_points) < 10  # 1 is expected
+
+
+def test_the_order_without_blocks_is_that_of_random_bits() -> None:
+    expected = torch.argsort(random_bits(3, 7, torch.arange(500), ORDER))
+    assert torch.equal(epoch_order(3, 7, 500), expected)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**62), epoch=st.integers(0, 500), blocks=st.lists(st.integers(0, 40), min_size=1, max_size=300)
+)
+def test_the_order_with_blocks_takes_a_few_at_a_time(seed: int, epoch: int, blocks: list[int]) -> None:
+    of = torch.tensor(blocks) * 17
+    order = epoch_order(seed, epoch, len(blocks), of)
+    assert torch.equal(order.sort().values, torch.arange(len(blocks)))
+    seen = of[order].tolist()
+    first = {block: seen.index(block) for block in set(seen)}
+    last = {block: len(seen) - 1 - seen[::-1].index(block) for block in set(seen)}
+    at_once = [sum(first[block] <= place <= last[block] for block in first) for place in range(len(seen))]
+    assert max(at_once) <= 2 * BLOCKS_AT_ONCE  # a block that comes first may end last
+
+
+def test_the_order_with_blocks_is_another_in_each_epoch() -> None:
+    blocks = torch.arange(20_000) % 200
+    orders = [epoch_order(seed, epoch, 20_000, blocks) for seed in (0, 1) for epoch in (0, 1)]
+    ranks = np.stack([order.argsort().numpy() for order in orders]).astype(float)
+    assert np.abs(np.corrcoef(ranks) - np.eye(4)).max() < 0.3  # 200 blocks: the deviation is 0.07
+    within = np.stack([order[blocks[order] == 7].argsort().numpy() for order in orders]).astype(float)
+    assert np.abs(np.corrcoef(within) - np.eye(4)).max() < 0.5  # 100 in a block: 0.1
+    batch = blocks[orders[0]][10_000:10_256]
+    assert 10 <= len(batch.unique()) <= 2 * BLOCKS_AT_ONCE
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    bits, count = random_bits(0, 0, torch.arange(20_000), 1), 20_000
+    draws = uniform(bits, torch.arange(4)[:, None])
+    assert draws.dtype == torch.float64
+    assert torch.equal(draws[2], uniform(bits, 2))
+    assert ((draws >= 0) & (draws < 1)).all()
+    for draw in draws:
+        assert _distance(draw.numpy(), (np.arange(count) + 0.5) / count) < KOLMOGOROV * (2 / count) ** 0.5
+    assert np.abs(np.corrcoef(draws.numpy()) - np.eye(4)).max() < 5 / count**0.5
+    assert np.abs(np.corrcoef(draws[0, 1:].numpy(), draws[0, :-1].numpy())[0, 1]) < 5 / count**0.5
+
+
+KOLMOGOROV = 2.2
+"""Two samples of n values of one distribution are further apart than this by sqrt(2 / n) once in 8,000 times."""
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference of two empirical distribution functions."""
+    values = np.concatenate([a, b])
+    below = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+IMAGENET_SCALE, IMAGENET_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def boxes_of(count: int, height: int, width: int, scale: tuple[float, float] = IMAGENET_SCALE) -> tuple[Tensor, Tensor]:
+    views = random_bits(0, 0, torch.arange(count), 1)
+    heights, widths = torch.full((count,), height), torch.full((count,), width)
+    return resized_crop_boxes(views, heights, widths, scale, IMAGENET_RATIO)
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (40, 31), (60, 240)])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
+    count = 3000
+    boxes, mirrored = boxes_of(count, height, width)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    drawn = [RandomResizedCrop.get_params(image, list(IMAGENET_SCALE), list(IMAGENET_RATIO)) for _ in range(count)]
+    top, left, tall, wide = np.array(drawn).T
+    ours = dict(zip(("left", "top", "wide", "tall"), boxes.T.numpy(), strict=True))
+    theirs = {"left": left, "top": top, "wide": wide, "tall": tall}
+    for crops in (ours, theirs):
+        crops |= {"area": crops["wide"] * crops["tall"], "ratio": crops["wide"] / crops["tall"]}
+        crops |= {"right": width - crops["left"] - crops["wide"], "bottom": height - crops["top"] - crops["tall"]}
+    for name in ours:
+        assert _distance(ours[name], theirs[name]) < KOLMOGOROV * (2 / count) ** 0.5, name
+    assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / count**0.5
+    assert abs(np.corrcoef(mirrored.numpy(), ours["left"])[0, 1]) < 5 / count**0.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 7), (7, 1), (30, 39), (39, 30)])
+def test_where_no_crop_fits_it_is_torchvisions_central_one(height: int, width: int) -> None:
+    scale = (1.5, 2.0)
+    boxes, _ = boxes_of(50, height, width, scale)
+    top, left, tall, wide = RandomResizedCrop.get_params(
+        torch.empty(3, height, width), list(scale), list(IMAGENET_RATIO)
+    )
+    assert torch.equal(boxes, torch.tensor([left, top, wide, tall]).expand(50, -1))
+
+
+@settings(deadline=None)
+@given(
+    sides=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20),
+    seed=st.integers(0, 2**62),
+    low=st.floats(0.001, 1),
+)
+def test_crops_lie_inside_and_do_not_depend_on_the_batch(sides: list[tuple[int, int]], seed: int, low: float) -> None:
+    heights, widths = torch.tensor(sides).T
+    views = random_bits(seed, 0, torch.arange(len(sides)), 1)
+    boxes, mirrored = resized_crop_boxes(views, heights, widths, (low, 1.0), IMAGENET_RATIO)
+    left, top, wide, tall = boxes.T
+    assert boxes.dtype == torch.int64
+    assert mirrored.dtype == torch.bool
+    assert ((left >= 0) & (top >= 0) & (wide >= 1) & (tall >= 1)).all()
+    assert ((left + wide <= widths) & (top + tall <= heights)).all()
+    alone = [
+        resized_crop_boxes(views[i : i + 1], heights[i : i + 1], widths[i : i + 1], (low, 1.0), IMAGENET_RATIO)
+        for i in range(len(sides))
+    ]
+    assert torch.equal(torch.cat([box for box, _ in alone]), boxes)
+    assert torch.equal(torch.cat([flip for _, flip in alone]), mirrored)
 
 
 @settings(deadline=None)

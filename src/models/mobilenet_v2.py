@@ -1,0 +1,83 @@
+"""MobileNetV2 of half width for images of 32 x 32 pixels: M. Sandler et al., arXiv 1801.04381, table 2.
+
+Parameter count, names in the state dict, feature points and initialisation are those of `mobile_half` in RepDistiller
+and mdistiller, whose checkpoints load unchanged. It differs from the paper: strides fit 32 pixels, the first block has
+an expanding convolution too, and ReLU has no upper bound.
+"""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from src.models.network import Network, Output
+
+STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+"""Expansion, channels (half the paper's), blocks and first stride of each stage."""
+
+
+class InvertedResidual(nn.Module):
+    """Expand by a 1x1 convolution, filter depthwise by 3x3, project by 1x1 without ReLU; add the input if it fits."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = in_channels * expansion
+        self.is_residual = stride == 1 and in_channels == channels
+        self.conv = nn.Sequential(
+            nn.Conv2d(in_channels, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        return x + self.conv(x) if self.is_residual else self.conv(x)
+
+
+class InvertedResidualNetwork(Network):
+    """A stem that halves the image, seven stages, a 1x1 convolution, global average pooling, a linear layer.
+
+    Features: the stem's output and those of the stages 1, 2, 4 and 6 (from 0), which are linear.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        channels = 16
+        self.conv1 = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        self.blocks = nn.ModuleList()
+        for expansion, width, blocks, stride in STAGES:
+            first = InvertedResidual(channels, width, stride, expansion)
+            rest = (InvertedResidual(width, width, 1, expansion) for _ in range(blocks - 1))
+            self.blocks.append(nn.Sequential(first, *rest))
+            channels = width
+        self.conv2 = nn.Sequential(nn.Conv2d(channels, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU())
+        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        nn.init.normal_(self.classifier_layer.weight, 0, 0.01)
+        nn.init.zeros_(self.classifier_layer.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def classifier_layer(self) -> nn.Linear:
+        """`classifier.0`."""
+        return cast(nn.Linear, self.classifier[0])
+
+    def forward_features(self, images: Tensor) -> Output:
+        """Logits, features of the stem and four stages, pooled features."""
+        x = stem = self.conv1(images)
+        stages = []
+        for stage in self.blocks:
+            x = stage(x)
+            stages.append(x)
+        pooled = self.conv2(x).mean((2, 3))
+        return Output(self.classifier(pooled), (stem, stages[1], stages[2], stages[4], stages[6]), pooled)
+
+
+def MobileNetV2(num_classes: int = 100) -> InvertedResidualNetwork:  # noqa: N802 (as published)
+    """812,836 parameters for 100 classes."""
+    return InvertedResidualNetwork(num_classes)

@@ -1,0 +1,121 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+from src.data.photos import Photo, centre, crop_and_resize, reduction
+from src.errors import UserError
+from tests.data.photo_folders import encoded, files, picture, sixteen_bits
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("name", files(0))
+def test_every_mode_becomes_rgb(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image, reduced = Photo(files(0)[name], name).decode(1)
+    number = sorted(files(0), key=lambda name: name.rpartition("/")[2]).index(name)
+    expected = picture(number, *image.size)
+    if name in ("b.JPEG", "h.png", "j.PNG"):
+        expected = expected.convert("L").convert("RGB")
+    if name == "f.png":
+        expected = expected.quantize(16).convert("RGB")
+    if name == "i.png":
+        expected = expected.convert("1").convert("RGB")
+    assert (image.mode, reduced) == ("RGB", 1)
+    lossy = name not in ("e.png", "f.png", "g.png", "h.png", "i.png", "j.PNG", "l.bmp", "m.ppm", "nested/deep/n.tif")
+    assert np.abs(pixels(image) - pixels(expected)).mean() <= (12 if lossy else 0)
+
+
+def test_sixteen_bits_are_scaled_not_cut_off() -> None:
+    image = picture(3, 20, 20)
+    decoded, _ = Photo(encoded(sixteen_bits(image), "TIFF"), "x.tif").decode(1)
+    assert np.array_equal(pixels(decoded), pixels(image.convert("L").convert("RGB")))
+
+
+def test_the_cameras_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    photo = Photo(encoded(picture(0, 40, 30), "JPEG", exif=exif), "x.jpg")
+    assert (photo.width, photo.height) == (40, 30)
+    assert photo.decode(1)[0].size == (40, 30)
+
+
+@given(pixels=st.integers(1, 5000), size=st.integers(1, 300))
+def test_a_reduction_leaves_enough_pixels_and_no_more_than_needed(pixels: int, size: int) -> None:
+    factor = reduction(pixels, size)
+    assert factor == 1 or pixels >= factor * size
+    assert factor == 8 or pixels < 2 * factor * size
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_jpeg_is_reduced_by_its_decoder(factor: int) -> None:
+    image = picture(0, 161, 120)
+    photo = Photo(encoded(image, "JPEG", quality=95), "x.jpg")
+    for _ in range(2):  # opened again
+        decoded, reduced = photo.decode(factor)
+        assert reduced == factor
+        assert decoded.size == (-(-161 // factor), -(-120 // factor))
+    png, reduced_png = Photo(encoded(image, "PNG"), "x.png").decode(factor)
+    assert reduced_png == 1
+    assert np.array_equal(pixels(png), pixels(image))
+
+    box = (24, 8, 101, 97)
+    whole, _ = photo.decode(1)
+    exact = crop_and_resize(whole, 1, box, 12, flip=True)
+    assert np.abs(pixels(crop_and_resize(decoded, reduced, box, 12, flip=True)) - pixels(exact)).mean() < 4
+    elsewhere = crop_and_resize(whole, 1, (24 + factor, 8, 101, 97), 12, flip=True)
+    assert np.abs(pixels(elsewhere) - pixels(exact)).mean() > 4
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("box", [(0, 0, 40, 30), (3, 5, 20, 13), (39, 29, 1, 1), (10, 0, 7, 30)])
+def test_a_view_is_torchvisions(box: tuple[int, int, int, int], flip: bool) -> None:
+    image = picture(0, 40, 30)
+    left, top, width, height = box
+    expected = tv.resized_crop(image, top, left, height, width, [16, 16])
+    expected = tv.horizontal_flip(expected) if flip else expected
+    assert np.array_equal(pixels(crop_and_resize(image, 1, box, 16, flip)), pixels(expected))
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 41), (20, 20), (39, 39), (17, 90), (200, 21), (5, 7)])
+@pytest.mark.parametrize(("resize", "size"), [(20, 16), (20, 15), (16, 16)])
+def test_evaluation_is_torchvisions(width: int, height: int, resize: int, size: int) -> None:
+    image = picture(1, width, height)
+    expected = v2.Compose([v2.Resize(resize), v2.CenterCrop(size)])(image)
+    assert np.array_equal(pixels(centre(Photo(encoded(image, "PNG"), "x.png"), resize, size)), pixels(expected))
+
+
+@pytest.mark.parametrize(("width", "height"), [(161, 120), (83, 399)])
+def test_evaluation_of_a_large_jpeg_is_close_to_torchvisions(width: int, height: int) -> None:
+    file = encoded(picture(1, width, height), "JPEG", quality=95)
+    whole, _ = Photo(file, "x.jpg").decode(1)
+    expected = v2.Compose([v2.Resize(20), v2.CenterCrop(16)])(whole)
+    assert np.abs(pixels(centre(Photo(file, "x.jpg"), 20, 16)) - pixels(expected)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut short", "another kind"])
+def test_what_is_no_photo_is_named(kind: str) -> None:
+    whole = encoded(picture(0, 40, 30), "PNG")
+    content = {
+        "empty": b"",
+        "text": b"not a photo",
+        "cut short": whole[: len(whole) // 2],
+        "another kind": encoded(picture(0, 40, 30), "GIF"),
+    }[kind]
+    with pytest.raises(UserError, match=r"^some/x\.png cannot be read as a photo \([^<]+\): mend or remove it\.$"):
+        Photo(content, "some/x.png").decode(1)
+
+
+def test_pixels_go_to_torch_as_they_are() -> None:
+    image = picture(0, 16, 16)
+    assert torch.equal(tv.pil_to_tensor(image).permute(1, 2, 0), torch.from_numpy(np.array(image)))

@@ -1,0 +1,144 @@
+"""Programs answer as the network they were made of, and ask for nothing that they do not have."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.errors import UserError
+from src.models.checkpoints import load_weights, weights_digest
+from src.models.network import shapes
+from src.models.program import load_program
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(images)).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    network = Small()
+    network(torch.randn(4, 3, 16, 16))
+    return network.eval()
+
+
+def write(form: str, network: nn.Module, folder: Path) -> Path:
+    file = folder / ("program.pt2" if form == "export" else "program.pt")
+    if form == "export":
+        sizes = {0: torch.export.Dim("batch")}
+        torch.export.save(torch.export.export(network, (IMAGES,), dynamic_shapes=(sizes,)), file)
+        return file
+    traced = torch.jit.trace(network, IMAGES)
+    torch.jit.save(torch.jit.freeze(traced) if form == "frozen" else traced, file)
+    return file
+
+
+@pytest.mark.parametrize("form", ["script", "frozen", "export"])
+def test_a_program_answers_as_its_network(form: str, network: nn.Module, tmp_path: Path):
+    program = load_program(write(form, network, tmp_path))
+    for images in (IMAGES, torch.randn(5, 3, 16, 16)):
+        torch.testing.assert_close(program(images), network(images))
+    output = program.forward_features(IMAGES)
+    assert torch.equal(output.logits, program(IMAGES))
+    assert output.features == ()
+    assert output.pooled.shape == (2, 0)
+    assert shapes(program, (3, 16, 16)) == (10, (), 0)
+    assert not output.logits.requires_grad
+
+
+@pytest.mark.parametrize("form", ["script", "export"])
+def test_no_mode_changes_its_answers(form: str, network: nn.Module, tmp_path: Path):
+    program = load_program(write(form, network, tmp_path))
+    expected = program(IMAGES)
+    assert program.train().training
+    program(torch.randn(8, 3, 16, 16))
+    assert torch.equal(program(IMAGES), expected)
+    assert not program.eval().training
+    assert not any(parameter.requires_grad for parameter in program.parameters())
+    assert torch.equal(copy.deepcopy(program)(IMAGES), expected)
+
+
+@pytest.mark.parametrize("form", ["script", "frozen", "export"])
+def test_the_digest_tells_programs_apart(form: str, network: nn.Module, tmp_path: Path):
+    file = write(form, network, tmp_path)
+    digest = weights_digest(load_program(file))
+    assert weights_digest(load_program(file)) == digest
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert weights_digest(load_program(write(form, other, tmp_path))) != digest
+
+
+@pytest.mark.parametrize("form", ["script", "export"])
+def test_weights_keep_their_names(form: str, network: nn.Module, tmp_path: Path):
+    state = load_program(write(form, network, tmp_path)).state_dict()
+    assert all(torch.equal(state[f"program.{name}"], value) for name, value in network.state_dict().items())
+
+
+def test_it_has_no_classifier_to_ask_for(network: nn.Module, tmp_path: Path):
+    program = load_program(write("script", network, tmp_path))
+    with pytest.raises(UserError, match=r"program .* has no classifier to ask for"):
+        _ = program.classifier_layer
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="no classifier to ask for"):
+        load_weights(program, tmp_path / "weights.pth")
+
+
+def test_a_program_for_one_shape_says_so(network: nn.Module, tmp_path: Path):
+    torch.export.save(torch.export.export(network, (IMAGES,)), tmp_path / "two.pt2")
+    program = load_program(tmp_path / "two.pt2")
+    program(IMAGES)
+    with pytest.raises(UserError, match=r"does not take \[3, 3, 16, 16\] \(Guard failed"):
+        program(torch.randn(3, 3, 16, 16))
+
+
+class Pair(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, images
+
+
+class Flat(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten()
+
+
+@pytest.mark.parametrize("module", [Pair(), nn.Identity(), Flat()], ids=lambda module: type(module).__name__)
+def test_what_answers_no_logits_is_refused(module: nn.Module, tmp_path: Path):
+    program = load_program(write("script", module, tmp_path))
+    with pytest.raises(UserError, match=r"does not answer \[2, 3, 16, 16\] by logits"):
+        program(IMAGES)
+
+
+@pytest.mark.parametrize("form", ["script", "export"])
+def test_damaged_files_are_refused(form: str, network: nn.Module, tmp_path: Path):
+    file = write(form, network, tmp_path)
+    content = file.read_bytes()
+    inside = content.replace(b"graph_module", b"graph mod le") if form == "export" else content.replace(b"fc", b"zz")
+    assert inside != content
+    for damaged in (b"", b"hello", content[: len(content) // 2], content[:-1], inside):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{file.name} is damaged or no program") as error:
+            load_program(file)
+        assert "\n" not in str(error.value)
+
+
+def test_other_files_are_refused(network: nn.Module, tmp_path: Path):
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth is no program"):
+        load_program(tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="is no file"):
+        load_program(tmp_path / "nothing.pt")
+    with pytest.raises(UserError, match="is no file"):
+        load_program(tmp_path)
