@@ -58,13 +58,22 @@ class ArrayData(Data):
 
 @dataclass
 class FolderData(Data):
-    """Photos in folders, or in a streaming format."""
+    """Photos in folders."""
 
     _target_: str = "src.data.folder_data.FolderData"
     workers: int = "${processors:}"  # type: ignore[assignment]
     image_size: int = 224
     resize: int = 256
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+
+
+@dataclass
+class StreamData(FolderData):
+    """Photos in shards."""
+
+    _target_: str = "src.data.stream_data.StreamData"
+    cache: str = "~/.cache/aekt"
+    cache_gigabytes: float = 100
 
 
 @dataclass
@@ -155,7 +164,7 @@ OmegaConf.register_new_resolver("stem", _stem, replace=True)
 OmegaConf.register_new_resolver("processors", _processors, replace=True)
 OmegaConf.register_new_resolver("terminal", lambda: sys.stderr.isatty(), replace=True)
 ConfigStore.instance().store("train_schema", Train)
-for kind, schema in (("arrays", ArrayData), ("folder", FolderData)):
+for kind, schema in (("arrays", ArrayData), ("folder", FolderData), ("stream", StreamData)):
     ConfigStore.instance().store(kind, schema, group="data_schema")
 ConfigStore.instance().store("evaluate_schema", Evaluate)
 

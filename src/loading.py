@@ -183,5 +183,5 @@ def check_class_order(answers: Answers, name: str) -> None:
     if better > plain + 0.1 + chance:
         raise UserError(
             f"The teacher {name} gets {100 * plain:.0f} % of the images right, and {100 * better:.0f} % once its "
-            "classes are put into another order: its checkpoint was trained on classes in another order than the data's."
+            "classes are put into another order: it was trained on classes in another order than the data's."
         )

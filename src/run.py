@@ -32,7 +32,7 @@ from src.files import written_whole
 log = logging.getLogger(__name__)
 
 IRRELEVANT = {
-    "data": {"prepare", "root", "path", "workers"},
+    "data": {"prepare", "root", "path", "workers", "cache", "cache_gigabytes"},
     "teacher": {"store", "train_if_missing", "view_store", "allow_program"},
     "trainer": {
         "accelerator",

@@ -126,3 +126,16 @@ def test_what_does_not_fit_is_said_before_training(
     assert len(ran.err.splitlines()) == 1
     assert phrase in ran.err
     assert "Training" not in ran.out
+
+
+def test_photos_in_shards_are_trained_on_alike(tmp_path: Path, photos: Path) -> None:
+    ran = run("convert", f"data.root={photos}", f"out={tmp_path / 'shards'}")
+    assert (ran.code, ran.err) == (0, "")
+    options = ("data.image_size=32", "data.resize=36", "data.workers=0", "method=vanilla", "data.name=same")
+    one = ("network@model.student=resnet8", "schedule.batch_size=20")  # one batch: the order of photos differs
+    for data in (f"imagefolder data.root={photos}", f"stream data.root={tmp_path / 'shards'}"):
+        ran = train(tmp_path / data.split()[0], *one, *options, *f"data={data}".split())
+        assert (ran.code, ran.err) == (0, "")
+    folder, stream = (result_of(the_run(tmp_path / kind, "vanilla")) for kind in ("imagefolder", "stream"))
+    assert stream["class_names"] == folder["class_names"] == list(CLASSES)
+    assert stream["test"]["nll"] == pytest.approx(folder["test"]["nll"], abs=1e-4)

@@ -56,9 +56,7 @@ class ArrayData(ImageData):
         if self.path:
             file = Path(self.path).expanduser()
         elif self.prepare_file is None:
-            raise UserError(
-                f"data={self.name} needs data.path=FILE.npz (the format: src/data/arrays.py)."
-            )
+            raise UserError(f"data={self.name} needs data.path=FILE.npz (the format: src/data/arrays.py).")
         else:
             file = self.prepare_file(Path(self.root).expanduser())
         self.arrays = load_arrays(file)

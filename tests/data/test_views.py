@@ -174,7 +174,9 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
     for name in ours:
         assert _distance(ours[name], theirs[name]) < KOLMOGOROV * (2 / count) ** 0.5, name
     assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / count**0.5
-    assert abs(np.corrcoef(mirrored.numpy(), ours["left"])[0, 1]) < 5 / count**0.5
+    for name in ours:
+        assert abs(np.corrcoef(mirrored.numpy(), ours[name])[0, 1]) < 5 / count**0.5, name
+    assert abs(np.corrcoef(ours["left"] - ours["right"], ours["top"] - ours["bottom"])[0, 1]) < 5 / count**0.5
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 7), (7, 1), (30, 39), (39, 30)])
