@@ -15,6 +15,7 @@ from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
 from src.loading import Student, load_student, make_network, place_sources
+from src.methods.combined import Combined
 from src.methods.method import Method, Networks
 from src.serialization import Serialization
 from src.teacher import Teacher
@@ -46,6 +47,8 @@ def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
     torch.manual_seed(cfg.seed)
     student = load_student(cfg, data)
     method = build(cfg.method, "method")
+    if cfg.also:
+        method = Combined(method, build(cfg.also, "also"))
     serialization = build(cfg.serialization, "serialization")
     if type(serialization) is not Serialization and not method.distils_logits:
         raise UserError(

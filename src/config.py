@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -122,6 +122,7 @@ class Train:
     data: Any = MISSING
     model: Any = MISSING
     method: Any = MISSING
+    also: Any = None
     serialization: Any = MISSING
     schedule: Schedule = field(default_factory=Schedule)
     teacher: Teacher = field(default_factory=Teacher)
@@ -155,11 +156,17 @@ def _stem(path: str | None, without: str) -> str:
     return without if path is None else Path(path).stem or without
 
 
+def _of_pair(constant: str, default: Any, *, _parent_: Any, _root_: Any) -> Any:
+    """A method's constant for the pair of networks, from the table `pairs` beside it; `default` where that has none."""
+    return (_parent_.get("pairs") or {}).get(_root_.model.name, {}).get(constant, default)
+
+
 def _processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+OmegaConf.register_new_resolver("of_pair", _of_pair, replace=True)
 OmegaConf.register_new_resolver("stem", _stem, replace=True)
 OmegaConf.register_new_resolver("processors", _processors, replace=True)
 OmegaConf.register_new_resolver("terminal", lambda: sys.stderr.isatty(), replace=True)
@@ -226,6 +233,7 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
         try:
+            _check_choices(HydraConfig.get().overrides.task)
             return task(cfg)
         except Exception as error:
             sentence = _sentence(error)
@@ -237,6 +245,14 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             sys.exit(f"error: {sentence}")
 
     return run
+
+
+def _check_choices(overrides: Sequence[str]) -> None:
+    """Raise `UserError` for `group=[a,b]`, which Hydra merges into one node: what b names hides what a does."""
+    for override in overrides:
+        group, _, chosen = override.partition("=")
+        if "." not in group.partition("@")[0] and chosen.startswith("["):
+            raise UserError(f"{override} would merge them into one: choose one, and combine methods by method@also=...")
 
 
 def run_command(main: Callable[[], Any]) -> None:

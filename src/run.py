@@ -52,9 +52,14 @@ PACKAGE = Path(__file__).parent
 
 
 def needs_teacher(cfg: DictConfig) -> bool:
-    """Whether the configured method has a teacher."""
-    method: Any = hydra.utils.get_class(cfg.method._target_)
-    return bool(method.needs_teacher)
+    """Whether a configured method has a teacher."""
+    methods: list[Any] = [hydra.utils.get_class(node._target_) for node in (cfg.method, cfg.also) if node]
+    return any(method.needs_teacher for method in methods)
+
+
+def method_name(cfg: DictConfig) -> str:
+    """The method, or both that are combined."""
+    return f"{cfg.method.name}+{cfg.also.name}" if cfg.also else cfg.method.name
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -63,7 +68,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     kept = {key: value for key, value in container.items() if key not in NO_IDENTITY}
     for group, keys in IRRELEVANT.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in keys}
-    kept["method"].pop("pairs", None)
+    for method in ("method", "also"):
+        (kept[method] or {}).pop("pairs", None)
     for network in ("student", "teacher"):
         (kept["model"].get(network) or {}).pop("published_accuracy", None)
     if not needs_teacher(cfg):
@@ -80,7 +86,7 @@ def run_folder(cfg: DictConfig) -> Path:
         Path(cfg.runs).expanduser()
         / cfg.data.name
         / pair
-        / cfg.method.name
+        / method_name(cfg)
         / f"{serialization_name(cfg)}-seed{cfg.seed}-{digest}"
     )
 

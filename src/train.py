@@ -28,6 +28,7 @@ from src.run import (
     checkpoint_file,
     code_digest,
     identity,
+    method_name,
     needs_teacher,
     read_checkpoint,
     read_history,
@@ -49,7 +50,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
     folder = RunFolder(cfg)
     networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
-    made = [*networks, cfg.data, cfg.method, cfg.serialization, cfg.schedule.scheduler]
+    made = [*networks, cfg.data, cfg.method, cfg.serialization, cfg.schedule.scheduler, *filter(None, [cfg.also])]
     modules = {node._target_.rsplit(".", 1)[0] for node in made if node._target_.startswith("src.")}
     fingerprints = {
         "code": code_digest(["src.distiller", *sorted(modules)]),
@@ -61,7 +62,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         log.info("%s is finished already: test accuracy %.2f %%.", folder.path, 100 * finished["test"]["accuracy"])
         return finished
 
-    log.info("Training %s by %s in %s", cfg.model.student.name, cfg.method.name, folder.path)
+    log.info("Training %s by %s in %s", cfg.model.student.name, method_name(cfg), folder.path)
     trainer = fit(cfg, distiller, data, folder)
     result = summarise(cfg, distiller, data, folder, trainer, about_teacher)
     if trainer.is_global_zero:
@@ -148,7 +149,7 @@ def train_teacher(cfg: DictConfig) -> Path:
     alone = copy.deepcopy(cfg)
     alone.model = {"student": cfg.model.teacher, "teacher": None, "name": cfg.model.teacher.name}
     alone.method, alone.seed = cfg.teacher.method, cfg.teacher.seed
-    alone.serialization = cfg.teacher.serialization
+    alone.serialization, alone.also = cfg.teacher.serialization, None
     alone.student.update(path=None, source=None)
     folder = RunFolder(alone)
     if not folder.result_file.is_file():  # one that is finished is as good as any other checkpoint
@@ -209,7 +210,7 @@ def summarise(
             "training_only": count(distiller.serialization) + count(distiller.method),
         },
         "data": cfg.data.name,
-        "method": cfg.method.name,
+        "method": method_name(cfg),
         "serialization": serialization_name(cfg),
         "teacher": about_teacher,
         "student": cfg.model.student.name,

@@ -262,6 +262,21 @@ def test_a_job_that_fails_does_not_stop_the_others(place: Place) -> None:
     assert len(place.folders("vanilla")) == 1
 
 
+def test_two_methods_at_once(place: Place) -> None:
+    ran = place.train("method=dkd", "method@also=kd")
+    assert (ran.code, ran.err) == (0, "")
+    folder = place.folder("dkd+kd")
+    assert result_of(folder)["method"] == "dkd+kd"
+    (row,) = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+    terms = {name.removeprefix("train/") for name in row if name.startswith("train/")}
+    assert terms == {"cross_entropy", "tckd", "nckd", "kd", "loss"}
+    assert "Agrees with what the run reported." in place.evaluate(f"run={folder}").out
+
+
+def test_a_list_of_methods_is_refused_since_all_but_one_would_get_lost(place: Place) -> None:
+    assert_refused(place.train("method=[dkd,aekt]"), "method=[dkd,aekt] would merge them", "method@also=")
+
+
 # Evaluation
 
 

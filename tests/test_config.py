@@ -66,18 +66,29 @@ def test_every_option_of_every_group_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
+def test_every_pair_builds_under_its_name(pair: str) -> None:
+    cfg = configure("method=dkd", f"model={pair}")
+    check_everything_builds(cfg)
+    assert cfg.model.name == pair == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
 def test_every_method_goes_with_every_pair(pair: str) -> None:
     for method in METHODS:
-        cfg = configure(f"method={method}", f"model={pair}")
-        check_everything_builds(cfg)
-        assert cfg.model.name == pair == f"{cfg.model.teacher.name}_to_{cfg.model.student.name}"
+        check_everything_builds(configure(f"method={method}", f"model={pair}"))
+
+
+def distils_logits(method: str) -> bool:
+    node: Any = OmegaConf.load(CONF / "method" / f"{method}.yaml")
+    return hydra.utils.get_class(node._target_).distils_logits  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "schedule"), list(itertools.product(CLASSES, SCHEDULES)))
 def test_everything_else_goes_with_everything(data: str, schedule: str) -> None:
     for method, layer in itertools.product(METHODS, LAYERS):
-        if method != "vanilla" or layer == "none":
+        if distils_logits(method) or layer == "none":
             chosen = (f"data={data}", f"schedule={schedule}", f"method={method}", f"serialization={layer}")
             check_everything_builds(configure(*chosen, "model=resnet20_to_resnet8"))
 
@@ -128,8 +139,8 @@ def test_every_network_builds_under_its_name(network: str, classes: int) -> None
 @pytest.mark.parametrize(("method", "layer"), list(itertools.product(METHODS, LAYERS)))
 def test_every_method_builds_with_every_serialization_that_means_something(method: str, layer: str) -> None:
     cfg = configure(f"method={method}", f"serialization={layer}")
-    if method == "vanilla" and layer != "none":
-        with pytest.raises(UserError, match=r"method=vanilla has no logit term .* add serialization=none"):
+    if not distils_logits(method) and layer != "none":
+        with pytest.raises(UserError, match=rf"method={method} has no logit term .* add serialization=none"):
             parts_of(cfg)
         return
     parts = parts_of(cfg)
@@ -170,6 +181,13 @@ def test_beta_of_an_unlisted_pair_is_the_default(method: str) -> None:
     assert unlisted.model.name == "resnet110_to_wrn16_1"
     assert unlisted.method.beta == 8.0
     assert configure(f"method={method}", "method.beta=3").method.beta == 3
+
+
+def test_constants_of_a_pair_reach_a_method_that_is_added_to_another() -> None:
+    cfg = configure("method=dkd", "method@also=kd", "model=resnet34_to_resnet18", "data=imagenet")
+    assert (cfg.also.kd_weight, cfg.also.temperature) == (0.5, 1.0)
+    assert type(parts_of(cfg).method).__name__ == "Combined"
+    assert run_folder(cfg).parts[-2] == "dkd+kd"
 
 
 def test_published_constants() -> None:
@@ -331,6 +349,7 @@ def test_the_folder_of_runs_is_no_identity() -> None:
         "method=dkd",
         "method=kd",
         "method=vanilla",
+        "method@also=kd",
         "method.gamma=0.41",
         "method.beta=6.1",
         "method.weighting=log_ratio",

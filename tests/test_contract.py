@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from src.errors import UserError
 from src.methods.aekt import AEKT
+from src.methods.combined import Combined
 from src.methods.kd import KD
 from src.methods.method import Method, Stage
 from src.methods.vanilla import Vanilla
@@ -271,3 +272,26 @@ def test_stages_share_their_modules_with_the_main_method(tmp_path):
     assert main.adapter.weight.norm() < adapter.norm()
     names = [name for name, _ in distiller.student.named_parameters()]
     assert all(torch.equal(student[name], weights(distiller.student)[name]) for name in names)
+
+
+def test_combined_methods_add_their_distillation_terms_and_count_cross_entropy_once(tmp_path):
+    def kd(weight: float) -> KD:
+        return KD(cross_entropy_weight=weight, kd_weight=0.9, temperature=4.0)
+
+    method = Combined(kd(0.1), MemoryBank())
+    distiller = tiny_distiller(tiny_data(tmp_path), method, teacher=tiny_teacher())
+    assert (method.needs_teacher, method.needs_features, method.distils_logits) == (True, True, True)
+    assert method.weights(2) == {"cross_entropy": 0.1, "kd": 0.9, "stay": 0.2, "hint": 0.1}
+    assert Combined(kd(0.1), kd(0.7)).weights(0) == {"cross_entropy": 0.1, "kd": 0.9, "also_kd": 0.9}
+    trainer = tiny_trainer(1)
+    trainer.fit(distiller, datamodule=tiny_data(tmp_path))
+    assert method.also.seen.tolist() == [1] * 44
+    assert {"train/kd_epoch", "train/hint_epoch", "train/cross_entropy_epoch"} <= trainer.callback_metrics.keys()
+
+
+def test_the_first_of_two_methods_predicts(tmp_path):
+    method = Combined(TeachersHead(), KD(cross_entropy_weight=0.1, kd_weight=0.9, temperature=4.0))
+    distiller = tiny_distiller(tiny_data(tmp_path), method, teacher=tiny_teacher())
+    assert isinstance(method.predictor(distiller.student), Through)
+    with pytest.raises(UserError, match=r"method@also=teachershead changes gradients or prediction"):
+        Combined(Vanilla(), TeachersHead())
