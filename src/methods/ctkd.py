@@ -1,0 +1,103 @@
+"""Curriculum temperature (CTKD): Z. Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv
+2211.16231.
+
+KD whose temperature is learned against the student: T = T_min + T_range sigmoid(theta), and the gradient of the loss
+reaches theta multiplied by -lambda, so that what descends for the student ascends for theta. The curriculum is lambda,
+which grows from 0 to 1 by half a cosine wave over the first epochs.
+
+theta is one parameter of the method (global), or what a small perceptron says of both predictions (instance-wise).
+"""
+
+import math
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.methods.method import Batch, Method, Networks, at_least_float32, log_softmax, warm_up
+
+
+def curriculum(epoch: int, epochs: float) -> float:
+    """lambda = (1 - cos(pi min((epoch + 1) / epochs, 1))) / 2, `epoch` from 0: the first of 10 epochs has 0.0245."""
+    return (1 - math.cos(math.pi * warm_up(epoch, epochs))) / 2
+
+
+def reverse_gradient(value: Tensor, strength: float) -> Tensor:
+    """`value` itself, whose gradient is multiplied by -strength on its way back."""
+    return value.detach() - strength * (value - value.detach())
+
+
+def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
+    """T^2 KL(q, p), averaged over the batch, p = softmax(u / T), q = softmax(v / T); logits u and v [B, C].
+
+    `temperature` is [] or [B]; its gradient counts T^2 and both softmaxes.
+    """
+    temperature = temperature.expand(len(student_logits))
+    log_p, log_q = (
+        F.log_softmax(log_softmax(logits, 1.0) / temperature[:, None], dim=1)
+        for logits in (student_logits, teacher_logits)
+    )
+    divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
+    return (temperature**2 * divergence).mean()
+
+
+class CTKD(Method):
+    """cross_entropy_weight * CE + kd_weight * KD at the learned temperature."""
+
+    distils_logits = True
+
+    def __init__(
+        self,
+        *,
+        cross_entropy_weight: float,
+        kd_weight: float,
+        temperature_min: PositiveFloat,
+        temperature_range: PositiveFloat,
+        theta: float,
+        curriculum_epochs: NonNegativeFloat,
+        instance: bool,
+    ) -> None:
+        super().__init__()
+        self.cross_entropy_weight = cross_entropy_weight
+        self.kd_weight = kd_weight
+        self.temperature_min = temperature_min
+        self.temperature_range = temperature_range
+        self.initial_theta = theta
+        self.curriculum_epochs = curriculum_epochs
+        self.instance = instance
+
+    def build(self, networks: Networks) -> None:
+        """theta, or the perceptron [B, 2C] -> [B, 2C] -> [B, 1], that begins by saying the initial theta."""
+        if not self.instance:
+            self.theta = nn.Parameter(torch.tensor(float(self.initial_theta)))
+            return
+        width = 2 * networks.student_shapes.logits
+        last = nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, self.initial_theta)
+        self.perceptron = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
+
+    def temperature(self, student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:
+        """T, [] or instance-wise [B]; the student is not moved by what its prediction does to the temperature."""
+        if self.instance:
+            predictions = [log_softmax(logits, 1.0).exp() for logits in (student_logits.detach(), teacher_logits)]
+            both = torch.cat(predictions, dim=1).to(next(self.perceptron.parameters()).dtype)
+            theta = self.perceptron(both).squeeze(1)
+        else:
+            theta = self.theta
+        theta = reverse_gradient(at_least_float32(theta), strength)
+        return self.temperature_min + self.temperature_range * torch.sigmoid(theta)
+
+    def weights(self, epoch: int) -> dict[str, float]:
+        """Constant weights."""
+        return {"cross_entropy": self.cross_entropy_weight, "kd": self.kd_weight}
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """CE on the student's own logits, KD on its logits for distillation."""
+        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        temperature = self.temperature(student, teacher, curriculum(batch.epoch, self.curriculum_epochs))
+        return {
+            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "kd": ctkd_loss(student, teacher, temperature),
+        }
