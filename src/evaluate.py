@@ -17,7 +17,6 @@ from src.distiller import Distiller
 from src.errors import UserError
 from src.loading import make_network
 from src.metrics import of_split
-from src.models.checkpoints import load_weights
 from src.run import checkpoint_file, needs_teacher, read_checkpoint, read_json
 from src.teacher import Answers, Teacher, answers_file
 
@@ -43,10 +42,9 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, float]]:
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict[str, float]:
     """Scores of a checkpoint of any known format as the configured student."""
+    cfg.student.path = cfg.checkpoint
     data = make_data(cfg)
-    parts = make_parts(cfg, data)
-    load_weights(parts.student.network, Path(cfg.checkpoint).expanduser())
-    return test(cfg, make_distiller(cfg, data, parts, None, {}), data)
+    return test(cfg, make_distiller(cfg, data, make_parts(cfg, data), None, {}), data)
 
 
 def read_config(folder: Path, data_root: str, data_path: str | None = None) -> DictConfig:

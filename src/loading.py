@@ -66,7 +66,7 @@ def load_student(cfg: DictConfig, data: ImageData) -> Student:
     if path is not None:
         network = make_network(node, "model.student", data.num_classes)
         load_weights(network, Path(path).expanduser())
-        facts = read_facts(Path(path).expanduser())
+        facts = _facts(node, Path(path).expanduser())
         return Student(network, facts.get("mean", data.mean), facts.get("std", data.std))
     if source is not None:
         found = pretrained(source, data.num_classes)
@@ -124,8 +124,7 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
         return frozen(cfg, data, load_program(path), facts)
     if cfg.teacher.source in (None, "mdistiller"):
         node = cfg.model.teacher
-        facts = {name: list(node[name]) for name in ("mean", "std") if name in node}
-        facts |= read_facts(path) if path else {}
+        facts = _facts(node, path)
         network = make_network(node, "model.teacher", len(facts.get("class_names", data.class_names)))
     else:
         found = pretrained(cfg.teacher.source, download=path is None)
@@ -133,6 +132,12 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
     if path is not None:
         load_weights(network, path)
     return frozen(cfg, data, network, facts)
+
+
+def _facts(node: DictConfig, path: Path | None) -> dict[str, Any]:
+    """How a network was trained: what its file says, else what the yaml says of its published files."""
+    published = {name: list(node[name]) for name in ("mean", "std") if name in node}
+    return published | (read_facts(path) if path else {})
 
 
 def frozen(cfg: DictConfig, data: ImageData, network: Network, facts: dict[str, Any]) -> Teacher:

@@ -52,6 +52,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
     made = [*networks, cfg.data, cfg.method, cfg.serialization, cfg.schedule.scheduler, *filter(None, [cfg.also])]
     modules = {node._target_.rsplit(".", 1)[0] for node in made if node._target_.startswith("src.")}
+    if cfg.also:
+        modules.add("src.methods.combined")
     fingerprints = {
         "code": code_digest(["src.distiller", *sorted(modules)]),
         "data": data.source.digest,
