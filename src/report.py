@@ -16,6 +16,7 @@ from rich.table import Table
 from src.analysis import figures
 from src.analysis.results import Finished, find_runs, group, spread
 from src.config import job, run_command
+from src.data.imagenet import readable
 from src.errors import UserError
 from src.evaluate import load_run, read_config
 from src.run import read_checkpoint
@@ -78,7 +79,7 @@ def draw(groups: Sequence[Sequence[Finished]], out: Path) -> list[Path]:
         checkpoint = read_checkpoint(serial[0].folder)
         assert checkpoint is not None
         weight = checkpoint["state_dict"]["serialization.layer.weight"]
-        figure = figures.class_relations(weight.numpy(), serial[0].result["class_names"])
+        figure = figures.class_relations(weight.numpy(), readable(serial[0].result["class_names"]))
         drawn.append(figures.save(figure, out / "class_relations.png"))
     return drawn
 
@@ -115,7 +116,8 @@ def draw_answers(groups: Sequence[Sequence[Finished]], out: Path, cfg: DictConfi
     title = f"What the teaching changed: {len(learned)} of {len(target)} test images like these"
     chosen = {name: probabilities[picked] for name, probabilities in said.items()}
     return figures.save(
-        figures.what_they_say(images, target[picked], chosen, data.class_names, title), out / "what_they_say.png"
+        figures.what_they_say(images, target[picked], chosen, readable(data.class_names), title),
+        out / "what_they_say.png",
     )
 
 
