@@ -70,7 +70,7 @@ def class_relations(weight: np.ndarray, class_names: Sequence[str], strongest: i
     with plt.rc_context(STYLE):
         figure, (matrix, bars) = plt.subplots(1, 2, figsize=(12, 6.4), width_ratios=(1.45, 1))
         picture = matrix.imshow(between, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        step = max(1, len(class_names) // 62)
+        step = -(-len(class_names) // 62)
         ticks = range(0, len(class_names), step)
         size = 6 if len(class_names) > 20 else 9
         matrix.set_xticks(
