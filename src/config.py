@@ -148,9 +148,6 @@ def _scaled(epoch: int, of: int, epochs: int) -> int:
     return round(epoch * epochs / of)
 
 
-OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
-
-
 def _stem(path: str | None, without: str) -> str:
     """The name of a file or folder without its suffix."""
     return without if path is None else Path(path).stem or without
@@ -166,6 +163,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+OmegaConf.register_new_resolver("scaled", _scaled, replace=True)
 OmegaConf.register_new_resolver("of_pair", _of_pair, replace=True)
 OmegaConf.register_new_resolver("stem", _stem, replace=True)
 OmegaConf.register_new_resolver("processors", _processors, replace=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.methods.features import at_one_resolution, bounded, stage_pairs, stage_shapes, unit
-from src.methods.method import Batch, Method, Networks, at_least_float32
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def attention_map(features: Tensor, power: float) -> Tensor:
@@ -61,6 +61,6 @@ class AT(Method):
         """CE on the student's own logits, attention at every stage behind the stem."""
         losses = [attention_loss(student, teacher, self.power) for student, teacher in stage_pairs(batch)]
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "attention": torch.stack(losses).sum(),
         }

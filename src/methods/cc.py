@@ -8,9 +8,8 @@ embeddings s and t of sample i, both linear and both trained, it is the mean ove
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, Networks, at_least_float32
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def congruence_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
@@ -50,6 +49,6 @@ class CC(Method):
         """CE on the student's own logits, CC between the pooled features."""
         student, teacher = self.student_embedding(batch.student.pooled), self.teacher_embedding(batch.teacher.pooled)
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "congruence": congruence_loss(student, teacher),
         }

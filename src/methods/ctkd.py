@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, Networks, at_least_float32, log_softmax, warm_up
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy, log_softmax, warm_up
 
 
 def curriculum(epoch: int, epochs: float) -> float:
@@ -98,6 +98,6 @@ class CTKD(Method):
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         temperature = self.temperature(student, teacher, curriculum(batch.epoch, self.curriculum_epochs))
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "kd": ctkd_loss(student, teacher, temperature),
         }

@@ -17,9 +17,8 @@ import math
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
-from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32, log_softmax
+from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
 def correlation(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
@@ -84,7 +83,7 @@ class DIST(Method):
         """CE on the student's own logits, both relations on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "inter_class": inter_class_loss(student, teacher, self.temperature),
             "intra_class": intra_class_loss(student, teacher, self.temperature),
         }

@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32, log_softmax, warm_up
+from src.methods.method import Batch, Method, at_least_float32, cross_entropy, log_softmax, warm_up
 
 
 def non_target_logits(logits: Tensor, target: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class DKD(Method):
         """CE on the student's own logits, TCKD and NCKD on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "tckd": tckd_loss(student, teacher, batch.target, self.temperature),
             "nckd": nckd_loss(student, teacher, batch.target, self.temperature),
         }

@@ -22,6 +22,14 @@ def stage_pairs(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     return list(zip(batch.student.features[1:], batch.teacher.features[1:], strict=False))
 
 
+def pooled_pair(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The pooled features [B, D] of student and teacher."""
+    student, teacher = batch.student.pooled, batch.teacher.pooled
+    assert student is not None, "a method that reads features says needs_features"
+    assert teacher is not None
+    return student, teacher
+
+
 def stage_shapes(networks: Networks, method: str) -> list[tuple[Shape, Shape]]:
     """(channels, height, width) of `stage_pairs`. Raises `UserError` where a network has no stage behind its stem."""
     student, teacher = networks.student_shapes.features, networks.teacher_shapes.features

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from src.errors import UserError
 from src.methods.features import Shape
-from src.methods.method import Batch, Method, Networks, at_least_float32
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -78,6 +78,6 @@ class FitNet(Method):
         """CE on the student's own logits, the hint at one layer."""
         student, teacher = (said.features[self.hint_layer] for said in (batch.student, batch.teacher))
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "hint": hint_loss(self.regressor(student), teacher),
         }

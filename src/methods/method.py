@@ -166,6 +166,11 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def cross_entropy(batch: Batch) -> Tensor:
+    """CE of the labels, on the student's own logits."""
+    return F.cross_entropy(at_least_float32(batch.student.logits), batch.target)
+
+
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / T) of each row, [B, C]; the peak is taken off first, so that the division rounds gaps."""
     logits = at_least_float32(logits)

@@ -9,10 +9,9 @@ temperature; among the C - 1 non-target classes p' = softmax(u_i / T), q' = soft
 
 from pydantic import PositiveFloat
 from torch import Tensor
-from torch.nn import functional as F
 
 from src.methods.dkd import non_target_logits
-from src.methods.method import Batch, Method, at_least_float32, log_softmax
+from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
 def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class NKD(Method):
         """CE on the student's own logits, both parts of NKD on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "soft_target": soft_target_loss(student, teacher, batch.target),
             "non_target": non_target_loss(student, teacher, batch.target, self.temperature),
         }

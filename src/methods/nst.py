@@ -8,10 +8,9 @@ mean k(t, t') + mean k(s, s') - 2 mean k(s, t), averaged over the batch; the sta
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from src.methods.features import at_one_resolution, exact_products, stage_pairs, stage_shapes, unit
-from src.methods.method import Batch, Method, Networks, at_least_float32
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def selectivity_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -56,6 +55,6 @@ class NST(Method):
         """CE on the student's own logits, NST at every stage behind the stem."""
         losses = [selectivity_loss(student, teacher) for student, teacher in stage_pairs(batch)]
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "selectivity": torch.stack(losses).sum(),
         }

@@ -7,10 +7,9 @@ code with i = j included and the mean over all B^2 elements. The batch is what o
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from src.methods.features import exact_products, unit
-from src.methods.method import Batch, Method, at_least_float32
+from src.methods.features import exact_products, pooled_pair, unit
+from src.methods.method import Batch, Method, at_least_float32, cross_entropy
 
 FLOOR = 1e-7
 """Added to both probabilities, as in the authors' code: where the student's features of two samples are opposite and
@@ -55,10 +54,8 @@ class PKT(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, PKT between the pooled features."""
-        student, teacher = batch.student.pooled, batch.teacher.pooled
-        assert student is not None
-        assert teacher is not None
+        student, teacher = pooled_pair(batch)
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "transfer": transfer_loss(student, teacher),
         }

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.features import bounded, exact_products, unit
-from src.methods.method import Batch, Method, at_least_float32
+from src.methods.features import bounded, exact_products, pooled_pair, unit
+from src.methods.method import Batch, Method, at_least_float32, cross_entropy
 
 
 def differences(features: Tensor) -> Tensor:
@@ -79,11 +79,9 @@ class RKD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, relations between the pooled features."""
-        student, teacher = batch.student.pooled, batch.teacher.pooled
-        assert student is not None
-        assert teacher is not None
+        student, teacher = pooled_pair(batch)
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "distance": distance_loss(student, teacher),
             "angle": angle_loss(student, teacher),
         }

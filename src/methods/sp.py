@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.methods.features import bounded, exact_products, stage_shapes, unit
-from src.methods.method import Batch, Method, Networks, at_least_float32
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def similarities(features: Tensor) -> Tensor:
@@ -53,6 +53,6 @@ class SP(Method):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, SP between the last stage of each network."""
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "similarity": similarity_loss(batch.student.features[-1], batch.teacher.features[-1]),
         }

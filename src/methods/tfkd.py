@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32, log_softmax
+from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
 def tfkd_loss(student_logits: Tensor, target: Tensor, correct_probability: float, temperature: float) -> Tensor:
@@ -54,8 +54,8 @@ class TfKD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, Tf-KD on its logits for distillation."""
-        student, target = batch.student.distillation_logits, batch.target
+        student = batch.student.distillation_logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), target),
-            "tfkd": tfkd_loss(student, target, self.correct_probability, self.temperature),
+            "cross_entropy": cross_entropy(batch),
+            "tfkd": tfkd_loss(student, batch.target, self.correct_probability, self.temperature),
         }

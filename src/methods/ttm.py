@@ -14,7 +14,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32, log_softmax
+from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
 def transformed_divergence(student_logits: Tensor, teacher_logits: Tensor, exponent: float) -> Tensor:
@@ -42,6 +42,6 @@ class TTM(Method):
         """CE on the student's own logits, TTM on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "ttm": transformed_divergence(student, teacher, self.exponent).mean(),
         }

@@ -1,9 +1,8 @@
 """Training a network alone: the baseline of every comparison, and how teachers are made."""
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32
+from src.methods.method import Batch, Method, cross_entropy
 
 
 class Vanilla(Method):
@@ -17,4 +16,4 @@ class Vanilla(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE = -log softmax(z)_t, gradient p - onehot(t)."""
-        return {"cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target)}
+        return {"cross_entropy": cross_entropy(batch)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.methods.features import at_one_resolution, stage_pairs, stage_shapes
-from src.methods.method import Batch, Method, Networks, at_least_float32
+from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def gaussian_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
@@ -97,6 +97,6 @@ class VID(Method):
         """CE on the student's own logits, information at every stage behind the stem."""
         stages = zip(cast(Iterable[Guess], self.guesses), stage_pairs(batch), strict=True)
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "information": torch.stack([guess(student, teacher) for guess, (student, teacher) in stages]).sum(),
         }

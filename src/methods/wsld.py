@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.methods.dkd import target_log_odds
-from src.methods.method import Batch, Method, at_least_float32, log_softmax
+from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
 def _log_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -60,6 +60,6 @@ class WSLD(Method):
         """CE on the student's own logits, WSLD on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "wsld": wsld_loss(student, teacher, batch.target, self.temperature),
         }

@@ -8,9 +8,8 @@ each teacher's probabilities: 1 for a certain teacher, C^(1 - gamma) for one tha
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
-from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, at_least_float32, log_softmax
+from src.methods.method import Batch, Method, cross_entropy, log_softmax
 from src.methods.ttm import transformed_divergence
 
 
@@ -44,6 +43,6 @@ class WTTM(Method):
         """CE on the student's own logits, WTTM on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.logits
         return {
-            "cross_entropy": F.cross_entropy(at_least_float32(batch.student.logits), batch.target),
+            "cross_entropy": cross_entropy(batch),
             "wttm": wttm_loss(student, teacher, self.exponent),
         }
