@@ -41,7 +41,7 @@ def make_data(cfg: DictConfig) -> ImageData:
 def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
     """Student, method and serialization; the student depends on the seed alone, whatever the method.
 
-    Raises `UserError` where serialization has no logit term to act on.
+    Raises `UserError` where serialization or standardization has no logit term to act on.
     """
     make_optimizer(cfg)  # for its complaints
     torch.manual_seed(cfg.seed)
@@ -54,6 +54,8 @@ def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
         raise UserError(
             f"method={cfg.method.name} has no logit term that a serialization could act on: add serialization=none."
         )
+    if cfg.standardize_logits and not method.distils_logits:
+        raise UserError(f"method={cfg.method.name} has no logit term: standardize_logits=true means nothing to it.")
     data.views = method.views
     return Parts(student, method, serialization)
 
@@ -69,7 +71,7 @@ def make_distiller(
     (student, mean, std), method, serialization = parts
     if teacher and method.needs_features and not teacher.shapes(data.image_shape).features:
         raise UserError(f"method={cfg.method.name} needs features, and the teacher {cfg.model.teacher.name} has none.")
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed + 2**32)  # a second student must not draw the first one's weights
     serialization.build(student)
     method.build(
         Networks(
@@ -78,6 +80,7 @@ def make_distiller(
             image_shape=data.image_shape,
             train_size=len(data.source.train_labels),
             new_student=lambda: make_network(cfg.model.student, "model.student", data.num_classes),
+            train_labels=data.trained_labels,
         )
     )
     return Distiller(
@@ -96,6 +99,8 @@ def make_distiller(
         validates_on=data.validates_on,
         seed=cfg.seed,
         channels_last=cfg.channels_last,
+        standardize_logits=cfg.standardize_logits,
+        compiled=cfg.compile,
     )
 
 

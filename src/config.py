@@ -1,12 +1,7 @@
 """The typed part of the configuration, its resolvers, and how its nodes become objects."""
 
-import functools
-import logging
 import os
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,21 +9,33 @@ from typing import Any, get_type_hints
 import hydra
 import pydantic
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
 
-FACTS = {"_target_", "_partial_", "name", "pairs", "learning_rate", "published_accuracy", "mean", "std", "weights"}
+METHOD_FACTS = {"year", "uses", "settings", "pairs", "standardized"}
+"""Keys of a method that tell about it, or that its other keys are read from."""
+FACTS = {
+    "_target_",
+    "_partial_",
+    "name",
+    "learning_rate",
+    "published_accuracy",
+    "mean",
+    "std",
+    "weights",
+} | METHOD_FACTS
 """Keys of a node that describe it and are no arguments of what it builds."""
 POSITIVE = (
     "schedule.epochs", "schedule.batch_size", "schedule.learning_rate", "trainer.max_epochs", "data.image_size",
-    "data.resize", "teacher.image_size",
+    "data.resize", "teacher.image_size", "images", "calibration_images", "rounds", "threads",
 )  # fmt: skip
-NOT_NEGATIVE = ("data.padding", "data.workers")
+CHOICES = {
+    "schedule.interval": ("epoch", "step"),
+    "teacher.precision": (None, "float32", "bfloat16"),
+    "teacher.answer_dtype": ("float32", "float16"),
+}
+NOT_NEGATIVE = ("data.padding", "data.workers", "gradients.every", "checkpoint_minutes")
 
 
 @dataclass
@@ -101,7 +108,11 @@ class Teacher:
     image_size: int | None = None
     store: str = "teachers"
     train_if_missing: bool = True
+    precision: str | None = None
+    fold: bool = False
     view_store: bool = False
+    answer_dtype: str = "float32"
+    store_gigabytes: float = 100
     seed: int = 0
     method: Any = MISSING
     serialization: Any = MISSING
@@ -116,6 +127,14 @@ class Student:
 
 
 @dataclass
+class Gradients:
+    """What is measured of the gradients at the logits (`src/analysis/gradients.py`)."""
+
+    every: int = 100
+    temperature: float = "${oc.select:method.temperature,1.0}"  # type: ignore[assignment]
+
+
+@dataclass
 class Train:
     """`conf/train.yaml`; groups that are left open here are checked by what they build."""
 
@@ -127,11 +146,16 @@ class Train:
     schedule: Schedule = field(default_factory=Schedule)
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
+    gradients: Gradients = field(default_factory=Gradients)
     trainer: Any = MISSING
     logger: Any = MISSING
+    averaging: Any = None
+    standardize_logits: bool = False
     seed: int = 0
     channels_last: bool = True
+    compile: bool = False
     runs: str = "runs"
+    checkpoint_minutes: float = 10
     start_over: bool = False
 
 
@@ -141,6 +165,29 @@ class Evaluate(Train):
 
     run: str | None = None
     checkpoint: str | None = None
+
+
+@dataclass
+class Export(Evaluate):
+    """`conf/export.yaml`."""
+
+    format: str = MISSING
+    precision: str = MISSING
+    out: str | None = None
+    images: int = MISSING
+    calibration_images: int = MISSING
+
+
+@dataclass
+class Measure(Evaluate):
+    """`conf/measure.yaml`."""
+
+    forms: list[str] = MISSING
+    out: str = MISSING
+    images: int = MISSING
+    calibration_images: int = MISSING
+    rounds: int = MISSING
+    threads: int = MISSING
 
 
 def _scaled(epoch: int, of: int, epochs: int) -> int:
@@ -154,8 +201,15 @@ def _stem(path: str | None, without: str) -> str:
 
 
 def _of_pair(constant: str, default: Any, *, _parent_: Any, _root_: Any) -> Any:
-    """A method's constant for the pair of networks, from the table `pairs` beside it; `default` where that has none."""
-    return (_parent_.get("pairs") or {}).get(_root_.model.name, {}).get(constant, default)
+    """A method's constant for the pair of networks, from the table `pairs` beside it; `default` where that has none.
+
+    With standardized logits the table `standardized` comes first, with the row `default` for pairs that it lacks.
+    """
+    pairs = _parent_.get("pairs") or {}
+    found = {constant: default, **pairs.get(_root_.model.name, {})}
+    if _root_.standardize_logits and (standardized := _parent_.get("standardized")):
+        found |= {**standardized.default, **standardized.get(_root_.model.name, {})}
+    return found[constant]
 
 
 def _processors() -> int:
@@ -172,6 +226,8 @@ ConfigStore.instance().store("train_schema", Train)
 for kind, schema in (("arrays", ArrayData), ("folder", FolderData), ("stream", StreamData)):
     ConfigStore.instance().store(kind, schema, group="data_schema")
 ConfigStore.instance().store("evaluate_schema", Evaluate)
+ConfigStore.instance().store("export_schema", Export)
+ConfigStore.instance().store("measure_schema", Measure)
 
 
 def check_ranges(cfg: DictConfig) -> None:
@@ -181,8 +237,9 @@ def check_ranges(cfg: DictConfig) -> None:
         lowest = "be positive" if option in POSITIVE else "not be negative"
         if isinstance(value, (int, float)) and (value < 0 or (value == 0 and option in POSITIVE)):
             raise UserError(f"{option}={value} does not fit: it must {lowest}.")
-    if cfg.schedule.interval not in ("epoch", "step"):
-        raise UserError(f"schedule.interval={cfg.schedule.interval} does not fit: it is epoch or step.")
+    for option, known in CHOICES.items():
+        if (value := OmegaConf.select(cfg, option)) not in known:
+            raise UserError(f"{option}={value} does not fit: it is {' or '.join(map(str, known))}.")
     for option in ("data.mean", "data.std", "teacher.mean", "teacher.std"):
         value = OmegaConf.select(cfg, option)
         if value is not None and len(value) != 3:
@@ -221,79 +278,3 @@ def _argument_types(target: Any) -> dict[str, Any]:
         if cls.__module__.startswith("src.") and "__init__" in vars(cls):
             hints |= get_type_hints(vars(cls)["__init__"], include_extras=True)
     return {name: hint for name, hint in hints.items() if name != "return"}
-
-
-def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """A task for `hydra.main` that tells its failure at once: Hydra tells one of a multirun's failures, after the last
-    job.
-    """
-
-    @functools.wraps(task)
-    def run(cfg: DictConfig) -> Any:
-        try:
-            _check_choices(HydraConfig.get().overrides.task)
-            return task(cfg)
-        except Exception as error:
-            sentence = _sentence(error)
-            if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
-                print(f"error: {sentence}" if sentence else traceback.format_exc(), file=sys.stderr)
-                raise
-            if sentence is None:
-                raise
-            sys.exit(f"error: {sentence}")
-
-    return run
-
-
-def _check_choices(overrides: Sequence[str]) -> None:
-    """Raise `UserError` for `group=[a,b]`, which Hydra merges into one node: what b names hides what a does."""
-    for override in overrides:
-        group, _, chosen = override.partition("=")
-        if "." not in group.partition("@")[0] and chosen.startswith("["):
-            raise UserError(f"{override} would merge them into one: choose one, and combine methods by method@also=...")
-
-
-def run_command(main: Callable[[], Any]) -> None:
-    """Run a command; what the user can mend ends in one sentence and exit code 1 instead of a traceback."""
-    _quiet()
-    try:
-        main()
-    except Exception as error:
-        sentence = _sentence(error)
-        if sentence is None:
-            raise
-        sys.exit(f"error: {sentence}")
-
-
-def _sentence(error: Exception) -> str | None:
-    """What a user can do something about, in one line; None for any other error."""
-    if isinstance(error, (UserError, MisconfigurationException)):
-        return " ".join(str(error).split())
-    if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
-        return _first_sentence(error)
-    if isinstance(error, OSError):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error}{where}; what a run had saved before is kept, the same command resumes."
-    return None
-
-
-def _quiet() -> None:
-    """Leave out what Lightning says at every start and nobody can act upon; let Hydra pass errors on."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        "does not have many workers",
-        "treespec, LeafSpec",
-        "[Cc]heckpoint directory .* exists and is not empty",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
-
-
-def _first_sentence(error: Exception) -> str:
-    """Hydra's message without the stack of contexts behind it and the places where it looked."""
-    cause = error.__cause__ if error.__cause__ is not None else error
-    lines = [line.strip() for text in dict.fromkeys([str(error), str(cause)]) for line in text.splitlines()]
-    left_out = ("full_key", "object_type", "reference_type", "Set the", "Config search path", "provider=", "See http")
-    kept = [line.rstrip(".") for line in dict.fromkeys(lines) if line and not line.startswith(left_out)]
-    return "; ".join([*kept, "see `--help` for what there is."]).replace(":;", ":")

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
-from src.config import job, run_command
+from src.command import job, run_command
 from src.data.folder_data import FolderData, FolderPhotos
 from src.data.image_data import Split
 from src.data.stream_data import INDEX, shard_name

@@ -1,50 +1,80 @@
 """`python -m src.evaluate`: score a run folder or a checkpoint again. `--help` is the guide."""
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
-from lightning import Trainer
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from src.assemble import make_data, make_distiller, make_parts, make_trainer
-from src.config import Train, job, run_command
+from src.command import job, run_command
+from src.config import ArrayData, FolderData, StreamData, Train
 from src.data.image_data import ImageData
 from src.distiller import Distiller
-from src.errors import UserError
+from src.errors import UserError, readable
 from src.loading import make_network
 from src.metrics import of_split
-from src.run import checkpoint_file, needs_teacher, read_checkpoint, read_json
+from src.resume import checkpoint_file, read_checkpoint
+from src.run import finished_result, needs_teacher, read_json
 from src.teacher import Answers, Teacher, answers_file
 
 TOLERANCE = 2e-3
 """Another processor rounds otherwise; on the same one the difference is 0."""
-TRUSTED = ("src.", "torch.optim.", "lightning.Trainer")
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def evaluate(cfg: DictConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Test scores as measured now, and as the run reported them (empty for a bare checkpoint)."""
+    return test(*load(cfg)), read_result(cfg).get("test", {})
+
+
+def load(cfg: DictConfig) -> tuple[DictConfig, Distiller, ImageData]:
+    """What `run` or `checkpoint` names (a checkpoint of any known format, as the configured student): its
+    configuration, module and data.
+
+    Raises `UserError` unless one of the two is given, and where it cannot be loaded.
+    """
     if (cfg.run is None) == (cfg.checkpoint is None):
         raise UserError(
             "Give one of run=FOLDER (a run folder) and checkpoint=FILE (with network@model.student=... and data=...)."
         )
     if cfg.run is None:
-        return evaluate_checkpoint(cfg), {}
+        cfg.student.path = cfg.checkpoint
+        data = make_data(cfg)
+        return cfg, make_distiller(cfg, data, make_parts(cfg, data), None, {}), data
     folder = Path(cfg.run).expanduser()
-    reported = read_json(folder / "result.json")["test"] if (folder / "result.json").is_file() else {}
     run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
     run_cfg.trainer.accelerator = cfg.trainer.accelerator
-    return test(run_cfg, *load_run(folder, run_cfg)), reported
+    return run_cfg, *load_run(folder, run_cfg)
 
 
-def evaluate_checkpoint(cfg: DictConfig) -> dict[str, float]:
-    """Scores of a checkpoint of any known format as the configured student."""
-    cfg.student.path = cfg.checkpoint
-    data = make_data(cfg)
-    return test(cfg, make_distiller(cfg, data, make_parts(cfg, data), None, {}), data)
+def read_result(cfg: DictConfig) -> dict[str, Any]:
+    """What a run reported; empty for a bare checkpoint, or a run that is not finished."""
+    file = Path(cfg.run or "").expanduser() / "result.json"
+    return finished_result(file) if cfg.run and file.is_file() else {}
+
+
+def read_teacher(folder: Path) -> Any:
+    """What a run's run.json says of its teacher; None where it had none. Raises `UserError` where it is damaged."""
+    file = folder / "run.json"
+    with readable(file, "evaluate another run"):
+        about = read_json(file)["teacher"]
+        if about is None:
+            return None
+        if not all(isinstance(about[name], str) for name in ("name", "source", "sha256")):
+            raise ValueError("teacher")
+        if not re.fullmatch("[0-9a-f]{64}", about["key"]) or not 0 <= about["accuracy"] <= 1:
+            raise ValueError("teacher.key, teacher.accuracy")
+    return about
 
 
 def read_config(folder: Path, data_root: str, data_path: str | None = None) -> DictConfig:
@@ -55,30 +85,45 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml.")
-    run_cfg: Any = OmegaConf.merge(OmegaConf.structured(Train), OmegaConf.load(file))
-    for target in targets(OmegaConf.to_container(run_cfg, resolve=True)):
-        if not is_trusted(str(target)):
-            raise UserError(f"{file} wants to call {target}, which is not this project's: refused.")
-    run_cfg.trainer.update(accelerator="auto", devices=1, strategy="auto")
-    if not Path(run_cfg.data.root).expanduser().is_dir():
-        run_cfg.data.root = data_root
-    if data_path:
-        run_cfg.data.path = data_path
+    with readable(file, "evaluate another run"):
+        text = file.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{file} has aliases, which no run writes and which can grow without end: refused.")
+        run_cfg: Any = OmegaConf.merge(OmegaConf.structured(Train), OmegaConf.create(text))
+        for target in targets(OmegaConf.to_container(run_cfg, resolve=True)):
+            if not is_trusted(str(target)):
+                raise UserError(f"{file} wants to call {target}, which no file in conf/ names: refused.")
+        run_cfg.trainer.update(accelerator="auto", devices=1, strategy="auto")
+        if not Path(run_cfg.data.root).expanduser().is_dir():
+            run_cfg.data.root = data_root
+        if data_path:
+            run_cfg.data.path = data_path
     return run_cfg
 
 
-def is_trusted(target: str) -> bool:
-    """Whether this names something of this project or of torch's and Lightning's parts that it configures.
+@functools.cache
+def known_targets() -> frozenset[str]:
+    """What conf/ and the typed part of the configuration call."""
+    texts = [file.read_text() for file in CONF.rglob("*.yaml")]
+    named = [target for text in texts for target in re.findall(r"_target_: *([\w.]+)", text)]
+    data = (schema._target_ for schema in (ArrayData, FolderData, StreamData))
+    return frozenset([*named, *data, "src.models.sources.architecture"])
 
-    Where it was defined counts too: every module makes what it imports, say `os`, an attribute of its own.
+
+def is_trusted(target: str) -> bool:
+    """Whether this is something that conf/ calls too, or another of torch's optimisers and schedulers.
+
+    Not whatever else this project holds: some of it writes files, or runs programs.
     """
-    if not target.startswith(TRUSTED):
+    if target in known_targets():
+        return True
+    if not target.startswith("torch.optim."):
         return False
     try:
-        found = hydra.utils.get_object(target)
-    except ImportError:
+        found: Any = hydra.utils.get_object(target)
+    except Exception:  # of importing whatever this is
         return False
-    return found is Trainer or str(getattr(found, "__module__", "")).startswith(TRUSTED)
+    return isinstance(found, type) and issubclass(found, (Optimizer, LRScheduler))
 
 
 def targets(node: Any) -> list[Any]:
@@ -97,21 +142,28 @@ def load_run(folder: Path, cfg: DictConfig) -> tuple[Distiller, ImageData]:
     checkpoint = read_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoints/last.ckpt: nothing to evaluate.")
-    data = make_data(cfg)
-    parts = make_parts(cfg, data)
-    teacher, predictions = None, {}
-    if needs_teacher(cfg):
-        about = read_json(folder / "run.json")["teacher"]
-        teacher = blank_teacher(cfg, data, about)
-        answers = Answers.load(answers_file(cfg, folder.parents[3], about["key"], data, "test"))
-        predictions = {"test": answers.predictions(data.split_size("test"))} if answers else {}
-    distiller = make_distiller(cfg, data, parts, teacher, predictions)
+    with readable(folder / "config.yaml", "evaluate another run"):
+        data = make_data(cfg)
+        parts = make_parts(cfg, data)
+        teacher, predictions = answering(cfg, data, folder) if needs_teacher(cfg) else (None, {})
+        distiller = make_distiller(cfg, data, parts, teacher, predictions)
     try:
         distiller.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         file = checkpoint_file(folder)
         raise UserError(f"{file} does not fit the networks of {folder / 'config.yaml'}: {error}") from None
     return distiller, data
+
+
+def answering(cfg: DictConfig, data: ImageData, folder: Path) -> tuple[Teacher, dict[str, Tensor]]:
+    """A run's teacher without its weights, and what it had predicted, where that is still there."""
+    about = read_teacher(folder)
+    with readable(folder / "run.json", "evaluate another run"):
+        teacher = blank_teacher(cfg, data, about)
+        size = data.split_size("test")
+        runs = folder.parents[min(3, len(folder.parents) - 1)]
+        answers = Answers.load(answers_file(cfg, runs, about["key"], data, "test"), size, data.num_classes)
+    return teacher, {"test": answers.predictions(size)} if answers else {}
 
 
 def blank_teacher(cfg: DictConfig, data: ImageData, about: Mapping[str, Any]) -> Teacher:
@@ -124,8 +176,10 @@ def blank_teacher(cfg: DictConfig, data: ImageData, about: Mapping[str, Any]) ->
 def test(cfg: DictConfig, distiller: Distiller, data: ImageData) -> dict[str, float]:
     """Scores on the test set by the configured trainer."""
     trainer = make_trainer(cfg, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    measured = trainer.test(distiller, datamodule=data, verbose=False)[0]
-    return of_split(measured, "test")
+    measured = of_split(trainer.test(distiller, datamodule=data, verbose=False)[0], "test")
+    if not measured:
+        raise UserError("No image was scored: leave trainer.limit_test_batches out.")
+    return measured
 
 
 def show(measured: dict[str, float], reported: dict[str, float]) -> None:
@@ -143,7 +197,7 @@ def main(cfg: DictConfig) -> None:
     """Print the scores; a run that reported something else is an error."""
     measured, reported = evaluate(cfg)
     show(measured, reported)
-    wrong = [name for name, value in measured.items() if abs(value - reported.get(name, value)) > TOLERANCE]
+    wrong = [name for name, value in measured.items() if not abs(value - reported.get(name, value)) <= TOLERANCE]
     if wrong:
         raise UserError(f"This differs from what the run reported: {', '.join(wrong)}.")
     if reported:

@@ -143,7 +143,16 @@ def _facts(node: DictConfig, path: Path | None) -> dict[str, Any]:
 def frozen(cfg: DictConfig, data: ImageData, network: Network, facts: dict[str, Any]) -> Teacher:
     """A teacher of this network, by what the configuration and `facts` (mean, std, image_size, class_names) say."""
     mean, std = (cfg.teacher[name] or facts.get(name) or getattr(data, name) for name in ("mean", "std"))
-    teacher = Teacher(network, mean, std, cfg.teacher.image_size or facts.get("image_size"))
+    teacher = Teacher(
+        network,
+        mean,
+        std,
+        cfg.teacher.image_size or facts.get("image_size"),
+        precision=cfg.teacher.precision,
+        answer_dtype=getattr(torch, cfg.teacher.answer_dtype),
+    )
+    if cfg.teacher.fold:
+        teacher.fold(data.image_shape)
     outputs = teacher.shapes(data.image_shape).logits
     teacher.class_index = class_index(facts.get("class_names"), outputs, data.class_names)
     return teacher

@@ -1,7 +1,7 @@
 """A run is its folder: its name follows from the configuration, and the same command finds it again.
 
 config.yaml (resolved), run.json (versions, fingerprints, teacher), metrics.csv (a row an epoch), checkpoints/last.ckpt,
-student.pth (the student alone) and, when it is finished, result.json.
+student.pth (the student alone) and, when it is finished, result.json; failure.txt where an error ended it.
 """
 
 import ast
@@ -10,44 +10,47 @@ import hashlib
 import io
 import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from src.config import METHOD_FACTS
 from src.errors import UserError
 from src.files import written_whole
+from src.resume import AGAIN, locked
+from src.secrecy import plain, without_secrets
 
 log = logging.getLogger(__name__)
 
 IRRELEVANT = {
     "data": {"prepare", "root", "path", "workers", "cache", "cache_gigabytes"},
-    "teacher": {"store", "train_if_missing", "view_store", "allow_program"},
+    "teacher": {"store", "train_if_missing", "view_store", "store_gigabytes", "allow_program"},
     "trainer": {
         "accelerator",
         "devices",
         "strategy",
         "num_nodes",
-        "sync_batchnorm",
+        "plugins",
         "use_distributed_sampler",
         "log_every_n_steps",
         "enable_progress_bar",
         "enable_model_summary",
+        "profiler",
     },
 }
 """Keys of each group that cannot change a result: no part of a run's identity."""
-NO_IDENTITY = {"logger", "runs", "start_over"}
+NO_IDENTITY = {"logger", "gradients", "runs", "start_over", "checkpoint_minutes"}
 PACKAGE = Path(__file__).parent
 
 
@@ -58,18 +61,27 @@ def needs_teacher(cfg: DictConfig) -> bool:
 
 
 def method_name(cfg: DictConfig) -> str:
-    """The method, or both that are combined."""
-    return f"{cfg.method.name}+{cfg.also.name}" if cfg.also else cfg.method.name
+    """The method, or both that are combined, and what else changes how a student is taught."""
+    switches = {
+        "standardized": cfg.standardize_logits,
+        "dot": cfg.schedule.optimizer._target_ == "src.dot.DOT",
+        "averaged": cfg.averaging,
+    }
+    methods = [node.name for node in (cfg.method, cfg.also) if node]
+    return "+".join([*methods, *(name for name, on in switches.items() if on)])
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The part of a configuration that decides the result, as plain types."""
-    container: Any = OmegaConf.to_container(cfg, resolve=True)
-    kept = {key: value for key, value in container.items() if key not in NO_IDENTITY}
+    container = plain(cfg)
+    kept: dict[str, Any] = {key: value for key, value in container.items() if key not in NO_IDENTITY}
     for group, keys in IRRELEVANT.items():
         kept[group] = {key: value for key, value in kept[group].items() if key not in keys}
+    if kept["trainer"].get("sync_batchnorm"):  # as on one device
+        del kept["trainer"]["sync_batchnorm"]
     for method in ("method", "also"):
-        (kept[method] or {}).pop("pairs", None)
+        for fact in METHOD_FACTS & set(kept[method] or {}):
+            del kept[method][fact]
     for network in ("student", "teacher"):
         (kept["model"].get(network) or {}).pop("published_accuracy", None)
     if not needs_teacher(cfg):
@@ -132,35 +144,66 @@ class RunFolder:
         self.path = run_folder(cfg)
         self.result_file = self.path / "result.json"
         self.student_file = self.path / "student.pth"
+        self.failure_file = self.path / "failure.txt"
 
-    def begin(self, fingerprints: Mapping[str, str | None], facts: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Make the folder ready; the result where the run is finished already.
+    @contextmanager
+    def kept(self, first: bool, wait: bool = False) -> Iterator[None]:
+        """Keep other commands off what is not finished yet; of several processes of a run the `first` does.
+
+        Raises `BusyError` where another command trains here, unless it shall `wait` for that one's end, and `UserError`
+        where the folder cannot be written.
+        """
+        if not first or (self.result_file.is_file() and not self.cfg.start_over):
+            yield
+            return
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path, wait):
+            yield
+
+    def begin(
+        self, fingerprints: Mapping[str, str | None], facts: Mapping[str, Any], first: bool
+    ) -> dict[str, Any] | None:
+        """Make the folder ready, by the `first` of the processes; the result where the run is finished already.
 
         Raises `UserError` where what is there was made by other code, another teacher or other data, or where the
         folder cannot be written.
         """
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if self.cfg.start_over and first and (self.path / "run.json").is_file():
-            shutil.rmtree(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        if self.cfg.start_over:
+            if first:
+                with _writing(self.path):
+                    self._clear()
+        else:
             self._compare(fingerprints)
             if self.result_file.is_file():
-                return read_json(self.result_file)
-            write_text(self.path / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+                return finished_result(self.result_file)
+        if first:
             about = {"fingerprints": fingerprints, "versions": versions(), "seed": self.cfg.seed, **facts}
-            write_text(self.path / "run.json", json.dumps(about, indent=2))
-        except OSError as error:
-            raise UserError(
-                f"Cannot write the run folder {self.path} ({error.strerror}): choose another by runs=..."
-            ) from None
+            with _writing(self.path):
+                for partial in self.path.rglob(".[0-9]*.*"):  # of `written_whole`, from a process that was killed
+                    partial.unlink(missing_ok=True)
+                self.failure_file.unlink(missing_ok=True)
+                write_text(self.path / "config.yaml", OmegaConf.to_yaml(plain(self.cfg)))
+                write_text(self.path / "run.json", json.dumps(about, indent=2))
         return None
+
+    def _clear(self) -> None:
+        """What a kill leaves of this is no finished run, and knows of what it is made until the last file goes."""
+        self.result_file.unlink(missing_ok=True)
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "run.json":
+                entry.unlink()
+        (self.path / "run.json").unlink(missing_ok=True)
 
     def _compare(self, fingerprints: Mapping[str, str | None]) -> None:
         before = self.path / "run.json"
         if not before.is_file():
             return
-        earlier = read_json(before).get("fingerprints", {})
+        earlier = read_json(before).get("fingerprints")
+        if not isinstance(earlier, dict):
+            raise UserError(f"{before} is not what a run writes: {AGAIN}.")
         changed = [name for name, value in fingerprints.items() if earlier.get(name) != value]
         if changed:
             raise UserError(
@@ -168,25 +211,26 @@ class RunFolder:
                 f"add start_over=true to do it again, or runs=... to keep both."
             )
 
+    def fail(self, error: Exception) -> None:
+        """Note what ended the run, for reports; the same command goes on all the same."""
+        with suppress(OSError):  # a full disk may be what ended it
+            write_text(self.failure_file, without_secrets(str(error)) or type(error).__name__)
+
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the result: from now on the same command returns it at once."""
+        """Write the result: from now on the same command returns it at once, and one checkpoint is enough."""
         write_text(self.result_file, json.dumps(result, indent=2))
+        for previous in self.path.rglob("checkpoints/previous.ckpt"):
+            previous.unlink()
 
 
-def checkpoint_file(folder: Path) -> Path:
-    """Where a run keeps its last checkpoint."""
-    return folder / "checkpoints" / "last.ckpt"
-
-
-def read_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """A run's last checkpoint, None where there is none. Raises `UserError` where it is damaged."""
-    file = checkpoint_file(folder)
-    if not file.is_file():
-        return None
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}): start_over=true does the run again.") from None
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the run folder {folder} ({error.strerror}): choose another by runs=..."
+        ) from None
 
 
 class History(Callback):
@@ -196,14 +240,19 @@ class History(Callback):
         self.file = folder / "metrics.csv"
         self.rows: list[dict[str, float]] = []
         self.epoch_start = 0.0
+        self.learning_rate = 0.0
+        self.validated = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
-        return {"rows": self.rows}
+        """The rows so far, and what is known of the epoch that has begun."""
+        seconds = time.monotonic() - self.epoch_start
+        return {"rows": self.rows, "learning_rate": self.learning_rate, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The rows up to the checkpoint: what came after it is done again."""
         self.rows = list(state_dict["rows"])
+        self.learning_rate = state_dict["learning_rate"]
+        self.epoch_start = time.monotonic() - state_dict["seconds"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and note the rate that this epoch starts with: at its end the next one's is set."""
@@ -255,7 +304,11 @@ def write_rows(file: Path, rows: list[dict[str, float]]) -> None:
 
 def read_history(folder: Path) -> list[dict[str, float]]:
     """The rows of a run folder's metrics.csv; none where there is no file yet."""
-    file = folder / "metrics.csv"
+    return read_rows(folder / "metrics.csv")
+
+
+def read_rows(file: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers, without its gaps; none where there is no file yet."""
     if not file.is_file():
         return []
     with file.open(newline="") as lines:
@@ -272,11 +325,20 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON file of the run folder. Raises `UserError` where it is damaged."""
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): start_over=true does the run again.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): {AGAIN}.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not what a run writes: start_over=true does the run again.")
+        raise UserError(f"{file} is not what a run writes: {AGAIN}.")
     return content
+
+
+def finished_result(file: Path) -> dict[str, Any]:
+    """A run's result.json. Raises `UserError` where it is damaged, or holds no scores."""
+    result = read_json(file)
+    test = result.get("test")
+    if not isinstance(test, dict) or "accuracy" not in test or not all(type(score) is float for score in test.values()):
+        raise UserError(f"{file} is not what a run writes: {AGAIN}.")
+    return result
 
 
 def versions() -> dict[str, str]:

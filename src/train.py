@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,43 +11,54 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from src.analysis.gradients import GradientAnatomy
 from src.assemble import make_data, make_distiller, make_logger, make_parts, make_trainer
-from src.config import job, run_command
+from src.command import job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
 from src.loading import check_class_order, find_teacher, load_teacher, teacher_places
+from src.methods.method import Method
 from src.metrics import of_split
 from src.models.checkpoints import save_weights
+from src.resume import AGAIN, Checkpoints, WholeFiles, checkpoint_file, last_good, read_checkpoint
 from src.run import (
     History,
     RunFolder,
-    checkpoint_file,
     code_digest,
     identity,
     method_name,
     needs_teacher,
-    read_checkpoint,
     read_history,
     serialization_name,
 )
-from src.teacher import Answers, Teacher, ViewStore, answers_file, view_store_file
+from src.secrecy import plain
+from src.teacher import Answers, Teacher, answers_file, view_store_file
+from src.view_store import ViewStore
+from src.wandb_results import publish
 
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
-    """Do the run that a configuration describes, or what is left of it; its result."""
+def train(cfg: DictConfig, wait: bool = False) -> dict[str, Any]:
+    """Do the run that a configuration describes, or what is left of it; its result.
+
+    Raises `BusyError` where another command does it, unless it shall `wait` for that one's result.
+    """
     data = make_data(cfg)
     parts = make_parts(cfg, data)
     trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)  # here, so that its complaints come early
     teacher, about_teacher, predictions = ready_teacher(cfg, data, trainer) if needs_teacher(cfg) else (None, None, {})
+    if teacher and cfg.teacher.view_store:
+        teacher.store = open_store(cfg, data, teacher, parts.method)
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
-    distiller.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
+    distiller.save_hyperparameters(plain(cfg))
 
     folder = RunFolder(cfg)
     networks = [cfg.model.student] + ([cfg.model.teacher] if teacher else [])
@@ -59,12 +71,31 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         "data": data.source.digest,
         "teacher": teacher.digest if teacher else None,
     }
-    finished = folder.begin(fingerprints, {"teacher": about_teacher, "class_names": data.class_names})
-    if finished is not None:
-        log.info("%s is finished already: test accuracy %.2f %%.", folder.path, 100 * finished["test"]["accuracy"])
-        return finished
+    facts = {"teacher": about_teacher, "class_names": data.class_names, "train_duplicates": data.train_duplicates}
+    first = trainer.is_global_zero
+    with folder.kept(first, wait):
+        finished = folder.begin(fingerprints, facts, first)
+        if finished is not None:
+            log.info("%s is finished already: test accuracy %.2f %%.", folder.path, 100 * finished["test"]["accuracy"])
+            return finished
+        try:
+            return _train(cfg, distiller, data, folder, about_teacher)
+        except Exception as error:
+            folder.fail(error)
+            raise
 
+
+def _train(
+    cfg: DictConfig,
+    distiller: Distiller,
+    data: ImageData,
+    folder: RunFolder,
+    about_teacher: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     log.info("Training %s by %s in %s", cfg.model.student.name, method_name(cfg), folder.path)
+    for split, images in (data.train_duplicates or {}).items():
+        if images:
+            log.info("%d of the %d %s images are training images too.", images, data.split_size(split), split)
     trainer = fit(cfg, distiller, data, folder)
     result = summarise(cfg, distiller, data, folder, trainer, about_teacher)
     if trainer.is_global_zero:
@@ -77,6 +108,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             std=list(distiller.std),
         )
         folder.finish(result)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                distiller.to(trainer.strategy.root_device)
+                publish(logger.experiment, distiller, data, result, folder.student_file, cfg.trainer.limit_val_batches)
     trainer.strategy.barrier()
     log.info("%s: test accuracy %.2f %% after the last epoch.", folder.path, 100 * result["test"]["accuracy"])
     return result
@@ -107,7 +142,11 @@ def ready_teacher(
     check_class_order(answers["test"], node.name)
     whole = cfg.trainer.limit_val_batches is None
     if published is not None and not trained_here and whole and abs(100 * measured["accuracy"] - published) > 1:
-        log.warning("This is more than one point off: check the checkpoint's normalisation and class order.")
+        log.warning(
+            "This is more than one point off: check the normalisation it is fed by, teacher.mean=%s teacher.std=%s, "
+            "and its class order.",
+            *(str(list(numbers)).replace(" ", "") for numbers in (teacher.mean, teacher.std)),
+        )
     about = {
         "name": node.name,
         "source": str(came_from),
@@ -120,25 +159,31 @@ def ready_teacher(
         "published_accuracy": published,
         **measured,
     }
-    if cfg.teacher.view_store:
-        teacher.store = open_store(cfg, data, teacher)
     predictions = {split: said.predictions(data.split_size(split)) for split, said in answers.items()}
     return teacher, about, predictions
 
 
-def open_store(cfg: DictConfig, data: ImageData, teacher: Teacher) -> ViewStore:
-    """The view store. Raises `UserError` where views cannot be numbered."""
-    if data.view_count is None:
-        raise UserError(f"teacher.view_store=true: views of {cfg.data.name} are too many to store; set it to false.")
+def open_store(cfg: DictConfig, data: ImageData, teacher: Teacher, method: Method) -> ViewStore | None:
+    """The view store, where the method can use one. Raises `UserError` where there is no room for it."""
+    if method.needs_features:
+        log.info("method=%s needs the teacher's features: it is asked at every step, stored or not.", cfg.method.name)
+        return None
+    epochs = cfg.trainer.max_epochs
     return ViewStore(
-        view_store_file(cfg, teacher, data), len(data.source.train_labels), data.view_count, data.num_classes
+        view_store_file(cfg, teacher, data),
+        len(data.source.train_labels),
+        data.view_count(epochs),
+        data.num_classes,
+        dtype=teacher.answer_dtype,
+        asked=epochs * data.views * len(data.train_index),
+        gigabytes=cfg.teacher.store_gigabytes,
     )
 
 
 def teacher_answers(cfg: DictConfig, data: ImageData, teacher: Teacher, split: str, trainer: L.Trainer) -> Answers:
     """The teacher's answers to an evaluation split, asked once for all runs under one root."""
     file = answers_file(cfg, Path(cfg.runs).expanduser(), teacher.key, data, split)
-    answers = Answers.load(file)
+    answers = Answers.load(file, data.split_size(split), data.num_classes)
     if answers is None:
         batches = itertools.islice(data.evaluation_loader(split), cfg.trainer.get("limit_val_batches"))
         answers = teacher.answer_all(batches, trainer.precision_plugin.forward_context())
@@ -151,8 +196,12 @@ def train_teacher(cfg: DictConfig) -> Path:
     alone = copy.deepcopy(cfg)
     alone.model = {"student": cfg.model.teacher, "teacher": None, "name": cfg.model.teacher.name}
     alone.method, alone.seed = cfg.teacher.method, cfg.teacher.seed
-    alone.serialization, alone.also = cfg.teacher.serialization, None
+    alone.serialization, alone.also, alone.standardize_logits = cfg.teacher.serialization, None, False
     alone.student.update(path=None, source=None)
+    alone.averaging = None
+    if "delta" in alone.schedule.optimizer:  # DOT with nothing to distil is SGD: one teacher for both
+        del alone.schedule.optimizer["delta"]
+        alone.schedule.optimizer._target_ = "torch.optim.SGD"
     folder = RunFolder(alone)
     if not folder.result_file.is_file():  # one that is finished is as good as any other checkpoint
         log.info(
@@ -160,30 +209,53 @@ def train_teacher(cfg: DictConfig) -> Path:
             "to avoid this give teacher.path=FILE or put one at %s.",
             *(cfg.model.teacher.name, cfg.data.name, cfg.trainer.max_epochs, teacher_places(cfg)[0]),
         )
-        train(alone)
+        train(alone, wait=True)
     return folder.student_file
 
 
 def fit(cfg: DictConfig, distiller: Distiller, data: ImageData, folder: RunFolder) -> L.Trainer:
     """Train through the method's stages and then the main one, each from its last checkpoint where there is one."""
     main = distiller.method
+    options: dict[str, Any] = {}
+    if main.stages() and cfg.trainer.strategy in ("ddp", "ddp_fork"):  # each stage leaves parameters of others alone
+        options["strategy"] = f"{cfg.trainer.strategy}_find_unused_parameters_true"
     for stage in main.stages():
         distiller.method = stage.method
-        fit_stage(cfg, distiller, data, folder.path / "stages" / stage.name, max_epochs=stage.epochs, logger=False)
+        epochs = min(stage.epochs, cfg.trainer.max_epochs)  # trainer=debug: one
+        log.info("Stage %s before the main one, epochs: %d", stage.name, epochs)
+        fit_stage(cfg, distiller, data, folder.path / "stages" / stage.name, max_epochs=epochs, logger=False, **options)
     distiller.method = main
-    return fit_stage(cfg, distiller, data, folder.path, logger=make_logger(cfg, folder.path))
+    averaging = [hydra.utils.instantiate(cfg.averaging)] if cfg.averaging else []
+    looking = [GradientAnatomy(folder.path, **cfg.gradients)] if cfg.gradients.every else []
+    options |= {"callbacks": [*averaging, *looking], "logger": make_logger(cfg, folder.path)}
+    trainer = fit_stage(cfg, distiller, data, folder.path, **options)
+    if averaging and (kept := read_checkpoint(folder.path)):  # where nothing was left to train, Lightning does not
+        distiller.load_state_dict(kept["state_dict"])
+    return trainer
 
 
 def fit_stage(
-    cfg: DictConfig, distiller: Distiller, data: ImageData, folder: Path, **trainer_options: Any
+    cfg: DictConfig,
+    distiller: Distiller,
+    data: ImageData,
+    folder: Path,
+    callbacks: Sequence[L.Callback] = (),
+    **trainer_options: Any,
 ) -> L.Trainer:
-    """One call of Lightning's fit, checkpointed every epoch."""
-    checkpoint = ModelCheckpoint(
-        dirpath=folder / "checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    trainer = make_trainer(cfg, callbacks=[History(folder), checkpoint], **trainer_options)
-    resumed = checkpoint_file(folder) if read_checkpoint(folder) else None
-    trainer.fit(distiller, datamodule=data, ckpt_path=resumed)
+    """One call of Lightning's fit, from the last good checkpoint on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder, cfg.checkpoint_minutes)
+    trainer = make_trainer(cfg, callbacks=[History(folder), *callbacks, checkpoints], **trainer_options)
+    trainer.strategy.checkpoint_io = WholeFiles()
+    found = last_good(folder)
+    if found and found[0] != checkpoint_file(folder):
+        checkpoint_file(folder).unlink(missing_ok=True)  # a damaged one must not take the place of the good one
+    try:
+        trainer.fit(distiller, datamodule=data, ckpt_path=found[0] if found else None, weights_only=True)
+    except Exception as error:
+        if found is None or checkpoints.started or trainer.world_size > 1 or isinstance(error, UserError):
+            raise  # of other processes it is not known here whether they had started
+        raise UserError(f"{found[0]} does not fit this run ({type(error).__name__}): {AGAIN}.") from error
     return trainer
 
 
@@ -207,7 +279,7 @@ def summarise(
         "best_epoch": best_epoch(rows, split),
         "seconds": sum(row["seconds"] for row in rows),
         "parameters": {
-            "student": count(distiller.student),
+            "student": count(distiller.method.predictor(distiller.student)),
             "teacher": count(distiller.teacher.network) if distiller.teacher else None,
             "training_only": count(distiller.serialization) + count(distiller.method),
         },
@@ -219,6 +291,7 @@ def summarise(
         "seed": cfg.seed,
         "epochs": len(rows),
         "train_images": len(data.train_index),
+        "train_duplicates": data.train_duplicates,
         "class_names": list(data.class_names),
         "superclasses": data.superclasses,
         "settings": {key: value for key, value in identity(cfg).items() if key != "seed"},
@@ -239,10 +312,19 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def check_search(cfg: DictConfig) -> None:
+    """Raise `UserError` where a search (Hydra's sweepers but the plain one, or W&B's) would choose by test images."""
+    job_cfg = HydraConfig.get()
+    searches = job_cfg.mode is RunMode.MULTIRUN and not job_cfg.sweeper._target_.endswith(".BasicSweeper")
+    if (searches or os.environ.get("WANDB_SWEEP_ID")) and not cfg.data.val_size:
+        raise UserError("A search with data.val_size=0 would choose by test images: hold some out, data.val_size=N.")
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 @job
 def main(cfg: DictConfig) -> float | None:
     """One job; a sweeper gets the validation accuracy, or nothing where only test data could tell."""
+    check_search(cfg)
     if "fork" in str(cfg.trainer.strategy):
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: a child would wait for them forever
     return train(cfg).get("val", {}).get("accuracy")

@@ -34,6 +34,7 @@ def run(command: str, *arguments: object) -> Ran:
         warnings.resetwarnings()
         warnings.simplefilter("ignore", DeprecationWarning)  # as Python does by default
         warnings.simplefilter("ignore", PendingDeprecationWarning)
+        warnings.simplefilter("ignore", ResourceWarning)  # of what earlier tests have left to the garbage collector
         warnings.showwarning = lambda message, category, *_: print(f"{category.__name__}: {message}", file=err)
         try:
             runpy.run_path(str(SOURCE / f"{command}.py"), run_name="__main__")

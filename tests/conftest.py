@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from src.data.arrays import save_arrays
+from tests.commands import run
 
 torch.set_num_threads(1)  # tests run side by side
 
@@ -27,3 +28,17 @@ def array_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "colours.npz"
     save_arrays(path, **colour_arrays())
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, array_file: Path) -> Path:
+    """The folder of a short run by AEKT with a serial layer, its teacher trained beside it; read only."""
+    folder = tmp_path_factory.mktemp("run")
+    ran = run(
+        "train", "data=cifar10", "model=resnet20_to_resnet8", "method=aekt", "trainer=debug", "logger=none",
+        "schedule.batch_size=8", f"data.path={array_file}", f"runs={folder / 'runs'}",
+        f"teacher.store={folder / 'teachers'}",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    (file,) = (folder / "runs").glob("*/*/aekt/*/result.json")
+    return file.parent

@@ -110,6 +110,7 @@ def test_a_run_is_its_folder(finished: Place, method: str, layer: str) -> None:
         "config.yaml",
         "run.json",
         "metrics.csv",
+        "gradients.csv",
         "checkpoints/last.ckpt",
         "student.pth",
         "result.json",
@@ -371,14 +372,15 @@ def test_a_report_of_the_runs(finished: Place, tmp_path: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert f"Not finished: {left}" in ran.out
     table = (out / "table.md").read_text()
-    assert f"Not finished: {left}" in table
-    rows = [line for line in table.splitlines() if line.startswith("| resnet")]
+    assert str(left.relative_to(tmp_path / "runs")) in table
+    rows = [line for line in table.partition("| compared")[0].splitlines() if line.startswith("| resnet")]
     assert len(rows) == len(RUNS)  # the teacher's and all but the unfinished one
     (row,) = [row for row in rows if "aekt, serial" in row]
     assert f"{100 * result_of(folder)['test']['accuracy']:.1f}" in row
     assert sum("resnet8" in row for row in rows) == len(RUNS) - 1
-    for picture in ("learning_curves.png", "class_relations.png"):
+    for picture in ("accuracy.png", "reliability.png", "agreement.png", "class_relations.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert "is in no picture" not in table
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
@@ -404,7 +406,7 @@ def first(value: object) -> str | None:
     ("arguments", "phrases"),
     [
         (["nonsense=1"], ["nonsense"]),
-        (["method=nonsense"], ["method/nonsense", "aekt; at; cc"]),
+        (["method=nonsense"], ["method/nonsense", "ab; aekt; at; catkd; cc"]),
         (["seed=abc"], ["seed=abc", "Integer"]),
         (["schedule.epochs=-1"], ["schedule.epochs=-1", "must be positive"]),
         (["method.beta=abc"], ["method.beta=abc does not fit"]),
@@ -556,7 +558,7 @@ def test_help_is_a_guide(command: str) -> None:
     if command == "train":
         for group in (
             "data: arrays, cifar10, cifar100, glyphs, imagefolder, imagenet, stream",
-            "method: aekt, at, cc",
+            "method: ab, aekt, at, catkd, cc",
             "serialization: none",
         ):
             assert group in ran.out

@@ -201,6 +201,43 @@ def test_published_constants() -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "pair", "constants"),
+    [
+        ("kd", "wrn40_2_to_wrn16_2", {"temperature": 2.0, "kd_weight": 9.0, "cross_entropy_weight": 0.1}),
+        ("kd", "resnet110_to_resnet20", {"temperature": 4.0, "kd_weight": 12.0}),
+        ("kd", "resnet50_to_mobilenetv2", {"temperature": 3.0, "kd_weight": 1.0}),
+        ("kd", "resnet34_to_resnet18", {"temperature": 2.0, "kd_weight": 9.0, "cross_entropy_weight": 0.1}),
+        ("dkd", "resnet56_to_resnet20", {"temperature": 3.0, "alpha": 18.0, "beta": 36.0}),
+        ("aekt", "resnet32x4_to_resnet8x4", {"temperature": 2.0, "alpha": 9.0, "beta": 72.0, "gamma": 0.4}),
+        ("aekt", "slimnet600k_to_resnet8", {"temperature": 2.0, "alpha": 9.0, "beta": 18.0}),
+        ("ctkd", "wrn40_2_to_wrn16_2", {"kd_weight": 9.0}),
+        ("mlkd", "wrn40_2_to_wrn16_2", {"kd_weight": 9.0}),
+        ("nkd", "wrn40_2_to_wrn16_2", {"gamma": 3.5}),
+    ],
+)
+def test_standardized_logits_have_constants_of_their_own(method: str, pair: str, constants: dict[str, float]) -> None:
+    cfg = configure(f"method={method}", f"model={pair}", "standardize_logits=true")
+    assert {name: cfg.method[name] for name in constants} == constants
+    assert method == "nkd" or configure(f"method={method}", f"model={pair}").method != cfg.method
+    assert run_folder(cfg).parts[-2] == f"{method}+standardized"
+
+
+def test_standardized_logits_want_a_logit_term() -> None:
+    with pytest.raises(UserError, match=r"method=at has no logit term: standardize_logits=true"):
+        parts_of(configure("method=at", "standardize_logits=true"))
+
+
+def test_dot_keeps_the_constants_of_the_schedule() -> None:
+    cfg = configure("optimizer=dot", "method=kd", "averaging=ema")
+    assert dict(cfg.schedule.optimizer) == {
+        "_target_": "src.dot.DOT", "_partial_": True, "momentum": 0.9, "weight_decay": 5e-4, "delta": 0.075,
+    }  # fmt: skip
+    assert run_folder(cfg).parts[-2] == "kd+dot+averaged"
+    with pytest.raises(UserError, match=r"schedule.optimizer does not fit src.dot.DOT: momentum 0.9 -\+ delta 0.2"):
+        parts_of(configure("optimizer=dot", "schedule.optimizer.delta=0.2", "method=kd"))
+
+
+@pytest.mark.parametrize(
     ("epochs", "milestones", "warmup"), [(240, [150, 180, 210], 20), (20, [12, 15, 18], 2), (120, [75, 90, 105], 10)]
 )
 def test_milestones_and_warmup_scale_with_the_epochs(epochs: int, milestones: list[int], warmup: int) -> None:
@@ -318,21 +355,26 @@ def folder_of(*overrides: str) -> Path:
         "logger=csv",
         "trainer=cpu",
         "trainer=ddp",
-        "trainer=ddp_cpu",
         "trainer.devices=2",
         "trainer.log_every_n_steps=1",
         "trainer.enable_progress_bar=true",
         "teacher.store=elsewhere",
         "teacher.train_if_missing=false",
         "teacher.view_store=true",
+        "teacher.store_gigabytes=1",
         "teacher.allow_program=true",
         "data.workers=3",
         "data.root=elsewhere",
         "data.path=elsewhere/file.npz",
         "start_over=true",
+        "gradients.every=7",
+        "gradients.temperature=2",
         "model.teacher.published_accuracy={cifar100: 1.0}",
         "model.student.published_accuracy={}",
         "method.pairs={}",
+        "method.standardized={}",
+        "method.year=1999",
+        "method.settings=guessed",
     ],
 )
 def test_what_cannot_change_a_result_is_no_identity(irrelevant: str) -> None:
@@ -352,6 +394,10 @@ def test_the_folder_of_runs_is_no_identity() -> None:
         "method=kd",
         "method=vanilla",
         "method@also=kd",
+        "trainer=ddp_cpu",  # batch norm is local there
+        "standardize_logits=true",
+        "optimizer=dot",
+        "averaging=ema",
         "method.gamma=0.41",
         "method.beta=6.1",
         "method.weighting=log_ratio",
@@ -383,6 +429,10 @@ def test_the_folder_of_runs_is_no_identity() -> None:
         "trainer=debug",
         "trainer.precision=bf16-mixed",
         "channels_last=false",
+        "compile=true",
+        "teacher.precision=bfloat16",
+        "teacher.fold=true",
+        "teacher.answer_dtype=float16",
     ],
 )
 def test_what_can_change_a_result_is_identity(relevant: str) -> None:
@@ -448,12 +498,14 @@ def test_a_subclass_knows_the_options_of_its_base() -> None:
         "data.padding=-1",
         "data.workers=-1",
         "schedule.interval=never",
+        "teacher.precision=float16",
+        "teacher.answer_dtype=bfloat16",
         "data.mean=[0.5]",
         "teacher.std=[0.5]",
         "teacher.image_size=0",
     ],
 )
-def test_numbers_that_cannot_be_trained_with(option: str) -> None:
+def test_values_that_cannot_be_trained_with(option: str) -> None:
     key, value = option.split("=")
     cfg = copy.deepcopy(configure())
     OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)

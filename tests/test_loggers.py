@@ -60,7 +60,8 @@ def test_wandb_without_a_key_logs_offline_and_never_asks(
     logger = wandb_logger(folder, "aekt")
     logger.log_metrics({"train/loss": 1.5}, step=0)
     assert logger.experiment.id == "cifar10-resnet20_to_resnet8-kd-none-seed0-0123abcd"
-    assert logger.experiment.group == "resnet20_to_resnet8"
+    assert logger.experiment.group == "cifar10/resnet20_to_resnet8/kd/none"
+    assert set(logger.experiment.tags or ()) == {"cifar10", "resnet20_to_resnet8", "kd", "none"}
     finish()
     (written,) = offline_runs(folder)
     assert written.stat().st_size > 0

@@ -107,7 +107,10 @@ def test_a_teacher_that_was_trained_on_the_folder_itself(tmp_path: Path, photos:
             ["teacher.path={tmp}/three.pth"],
             "The teacher knows 3 classes (ant, bee, ...) and the data has 2 (n01440764,",
         ),
-        (["teacher.view_store=true", "teacher.path={tmp}/two.pth"], "views of photos are too many to store"),
+        (
+            ["teacher.view_store=true", "teacher.store_gigabytes=1e-9", "teacher.path={tmp}/two.pth"],
+            "teacher.view_store could come to",
+        ),
         (["data.root={tmp}"], "train"),
     ],
 )

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch import nn
 
 from src.errors import UserError
 from src.methods.dkd import DKD
 from src.models.checkpoints import weights_digest
-from src.models.resnet import resnet8
+from src.models.mobilenet_v2 import MobileNetV2
+from src.models.network import Network, Output
+from src.models.resnet import resnet8, resnet14
+from src.models.wide_resnet import wrn_16_1
 from src.serialization import Serial
-from src.teacher import Answers, Teacher, ViewStore
+from src.teacher import Answers, Teacher
 from tests.tiny import CLASSES, MEAN, STD, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 
@@ -90,7 +94,7 @@ def test_answers_survive_their_file_and_damage_means_asking_again(tmp_path):
     answers = Answers(torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]))
     file = tmp_path / "teachers" / "answers.npz"
     answers.save(file)
-    loaded = Answers.load(file)
+    loaded = Answers.load(file, 7, 3)
     assert loaded is not None
     assert torch.equal(loaded.logits, answers.logits)
     assert torch.equal(loaded.target, answers.target)
@@ -98,10 +102,24 @@ def test_answers_survive_their_file_and_damage_means_asking_again(tmp_path):
     content = file.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"not a file of arrays"):
         file.write_bytes(damaged)
-        assert Answers.load(file) is None
-    np.savez(file, logits=np.array([object()]), target=np.zeros(1))
-    assert Answers.load(file) is None
-    assert Answers.load(tmp_path / "none.npz") is None
+        assert Answers.load(file, 7, 3) is None
+    logits, target = answers.logits.numpy(), answers.target.numpy()
+    for change in (
+        {"logits": np.array([object()])},
+        {"logits": logits[:, :2]},
+        {"logits": logits.astype(np.float64)},
+        {"logits": np.full((5, 3), np.nan, np.float32)},
+        {"logits": logits[0]},
+        {"target": target[:4]},
+        {"target": target + 3},
+        {"target": target - 1},
+        {"target": target.astype(np.float32)},
+    ):
+        np.savez(file, **{"logits": logits, "target": target, **change})
+        assert Answers.load(file, 7, 3) is None, change
+    answers.save(file)
+    assert Answers.load(file, 4, 3) is None, "there are not so many images"
+    assert Answers.load(tmp_path / "none.npz", 7, 3) is None
 
 
 def test_scores_of_answers_are_the_definition():
@@ -109,51 +127,75 @@ def test_scores_of_answers_are_the_definition():
     assert Answers(logits, torch.tensor([0, 1, 0, 1])).scores()["accuracy"] == pytest.approx(0.75)
 
 
-class Counting:
-    """A teacher that counts the images it is asked about."""
-
-    def __init__(self, teacher):
-        self.asked = 0
-        network = teacher.network.forward_features
-
-        def forward_features(images):
-            self.asked += len(images)
-            return network(images)
-
-        teacher.network.forward_features = forward_features
+def rounded_alike(one, other, tolerance):
+    return bool(((one - other).abs() <= tolerance * other.abs().max()).all())
 
 
-def test_the_view_store_asks_once_and_answers_alike(tmp_path):
-    teacher, images = tiny_teacher(), torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    index, views = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([0, 7, 7, 3, 1, 49])
-    expected = teacher(images).logits
-    count = Counting(teacher)
-    teacher.store = ViewStore(tmp_path / "a.views", 10, 50, CLASSES)
-    assert torch.equal(teacher.view_logits(images, index, views), expected)
-    assert count.asked == 6
-    teacher.store = ViewStore(tmp_path / "a.views", 10, 50, CLASSES)  # as another process finds it
-    assert torch.equal(teacher.view_logits(images, index, views), expected)
-    assert count.asked == 6
-    other_views = views.clone()
-    other_views[2] = 8
-    torch.testing.assert_close(teacher.view_logits(images, index, other_views), expected, atol=1e-5, rtol=1e-5)
-    assert count.asked == 7
+@pytest.mark.parametrize(
+    ("new_teacher", "folded"),
+    [
+        (resnet14, 1 + 6 * 2 + 2),  # stem, blocks, shortcuts
+        (wrn_16_1, 6),  # each block's second: the others read sums, or the stem's output, which is a feature
+        (MobileNetV2, 53),  # all
+    ],
+)
+def test_folded_batch_norms_change_answers_by_rounding_alone(new_teacher, folded):
+    plain, teacher = tiny_teacher(new_teacher), tiny_teacher(new_teacher)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    teacher.fold((3, 32, 32))
+    assert teacher.folded == folded
+    expected, said = plain(images), teacher(images)
+    assert rounded_alike(said.logits, expected.logits, 1e-4)
+    for one, other in zip(said.features, expected.features, strict=True):
+        assert rounded_alike(one, other, 1e-4)
+    assert rounded_alike(teacher.logits(images), expected.logits, 1e-4)
+    assert teacher.digest == plain.digest
+    assert teacher.key != plain.key
+    teacher.check_unchanged()
+    with torch.no_grad():
+        next(teacher.network.parameters()).add_(1)
+    with pytest.raises(UserError, match="weights changed"):
+        teacher.check_unchanged()
 
 
-def test_a_torn_row_of_the_view_store_is_asked_again(tmp_path):
-    teacher, images = tiny_teacher(), torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    store = teacher.store = ViewStore(tmp_path / "a.views", 2, 2, CLASSES)
-    place = torch.tensor([1])
-    expected = teacher.view_logits(images, place, place)
-    store.answers[1, 1, CLASSES - 1] = 0
-    assert torch.equal(teacher.view_logits(images, place, place), expected)
-    assert torch.equal(store.read(place, place)[0], expected)
+def test_a_convolution_that_something_else_reads_too_is_not_folded():
+    class Both(Network):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, CLASSES)
+            self.bn.running_mean += 1
+
+        def forward_features(self, images):
+            x = self.conv(images)
+            pooled = (x + self.bn(x)).mean((2, 3))
+            return Output(self.fc(pooled), (), pooled)
+
+    with pytest.raises(UserError, match=r"teacher\.fold=true does not fit this network"):
+        Teacher(Both(), MEAN, STD).fold((3, 16, 16))
 
 
-def test_a_view_store_that_cannot_fit_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"teacher\.view_store needs .* set it to false"):
-        ViewStore(tmp_path / "a.views", 10**12, 162, 1000)
-    assert not (tmp_path / "a.views").exists()
+def test_precision_is_the_teachers_own_whatever_the_student_computes_in():
+    teachers = {precision: tiny_teacher() for precision in (None, "float32", "bfloat16")}
+    for precision, teacher in teachers.items():
+        teacher.precision = precision
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    alone = {precision: teacher(images).logits for precision, teacher in teachers.items()}
+    assert torch.equal(alone[None], alone["float32"])
+    assert alone["bfloat16"].dtype == torch.bfloat16
+    assert rounded_alike(alone["bfloat16"].float(), alone["float32"], 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = {precision: teacher(images).logits for precision, teacher in teachers.items()}
+    assert torch.equal(mixed[None], alone["bfloat16"])
+    assert torch.equal(mixed["float32"], alone["float32"])
+    assert torch.equal(mixed["bfloat16"], alone["bfloat16"])
+    assert len({teacher.key for teacher in teachers.values()}) == 3
+
+
+def test_answers_can_take_part_in_a_loss():
+    logits = tiny_teacher().logits(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    student = torch.zeros_like(logits, requires_grad=True)
+    (student * logits).sum().backward()
+    assert torch.equal(student.grad, logits)
 
 
 def test_normalisation_constants_are_the_students_in_this_data():

@@ -60,19 +60,26 @@ def tiny_distiller(
     serialization: Serialization | None = None,
     seed: int = 0,
     new_student: Callable[..., Network] = resnet8,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    standardize_logits: bool = False,
+    compiled: bool = False,
 ) -> Distiller:
     torch.manual_seed(seed)
     student, serialization = new_student(CLASSES), serialization or Serialization()
     serialization.build(student)
     method.build(
-        Networks(student, teacher, data.image_shape, len(data.source.train_labels), partial(new_student, CLASSES))
-    )
+        Networks(
+            student, teacher, data.image_shape, len(data.source.train_labels), partial(new_student, CLASSES),
+            data.trained_labels,
+        )
+    )  # fmt: skip
     return Distiller(
         student=student, method=method, serialization=serialization, teacher=teacher,
         teacher_predictions={"test": torch.zeros(17, dtype=torch.int64)} if teacher else {}, num_classes=CLASSES,
-        mean=MEAN, std=STD, learning_rate=0.05, optimizer=partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+        mean=MEAN, std=STD, learning_rate=0.05, optimizer=partial(optimizer, momentum=0.9, weight_decay=5e-4),
         scheduler=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2]), interval="epoch",
         validates_on="test", seed=seed, channels_last=True,
+        standardize_logits=standardize_logits, compiled=compiled,
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Pictures of finished runs."""
 
-from collections.abc import Sequence
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
+from src.analysis.predictions import Predictions
 from src.analysis.results import Finished
+from src.analysis.statistics import interval_of_mean
 
 COLOURS = ("#555555", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 """Okabe and Ito's, told apart by the colour-blind too."""
@@ -24,32 +29,179 @@ STYLE: Any = {
     "font.size": 10,
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a class may be called anything
 }
 
 
-def learning_curves(groups: Sequence[Sequence[Finished]]) -> Figure:
-    """Accuracy by epoch, one line a run, one colour a setting, its mean labelled at the end."""
+def accuracies(groups: Mapping[str, Sequence[Finished]]) -> Figure:
+    """The last epoch's test accuracy: a dot a run, the mean of each setting, and its 95 % interval where n allows."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6, 1 + 0.5 * len(groups)))
+        for row, (colour, runs) in enumerate(zip(cycle(COLOURS), groups.values(), strict=False)):
+            values = [100 * run.result["test"]["accuracy"] for run in runs]
+            interval = interval_of_mean(values)
+            if interval:
+                axes.plot(interval, [row, row], color=colour, lw=7, alpha=0.25, solid_capstyle="butt")
+            axes.plot(values, [row] * len(values), "o", color=colour, ms=5, alpha=0.8)
+            axes.plot([np.mean(values)] * 2, [row - 0.28, row + 0.28], color=colour, lw=2)
+            axes.annotate(
+                f"{np.mean(values):.1f}",
+                (np.mean(values), row - 0.3),
+                ha="center",
+                va="bottom",
+                color=colour,
+                fontsize=9,
+            )
+        axes.set_yticks(range(len(groups)), [_folded(name) for name in groups])
+        axes.set(ylim=(len(groups) - 0.4, -0.75), xlabel="top-1 accuracy, %", title="Accuracy after the last epoch")
+        axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def learning_curves(groups: Mapping[str, Sequence[Finished]]) -> Figure | None:
+    """Accuracy by epoch, one line a run, one colour a setting; None where no run was scored more than once."""
+    curves = [
+        (colour, name, _curves(runs)) for colour, (name, runs) in zip(cycle(COLOURS), groups.items(), strict=False)
+    ]
+    curves = [(colour, name, lines) for colour, name, lines in curves if lines]
+    if not curves:
+        return None
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.2))
-        ends = []
-        for colour, runs in zip(cycle(COLOURS), groups, strict=False):
-            for run in runs:
-                rows = run.history()
-                split = "val" if "val" in run.result else "test"
-                points = [
-                    (row["epoch"] + 1, 100 * row[f"{split}/accuracy"]) for row in rows if f"{split}/accuracy" in row
-                ]
-                marker = "o" if len(points) == 1 else None
-                axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, alpha=0.85, marker=marker)
-            final = np.mean([100 * run.result["test"]["accuracy"] for run in runs])
-            ends.append((final, f"{runs[0].name}  {final:.1f} %", colour))
-        for (_, text, colour), height in zip(ends, _apart([end[0] for end in ends], axes.get_ylim()), strict=True):
+        for colour, _, lines in curves:
+            for points in lines:
+                axes.plot(*zip(*points, strict=True), color=colour, lw=1.8, alpha=0.85)
+        ends = [float(np.mean([points[-1][1] for points in lines])) for _, _, lines in curves]
+        for (colour, name, _), end, height in zip(curves, ends, _apart(ends, axes.get_ylim()), strict=True):
             axes.annotate(
-                text, (1.01, height), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=9
-            )
+                f"{_folded(name)}  {end:.1f}", (1.01, height), xycoords=("axes fraction", "data"), color=colour,
+                va="center", fontsize=9,
+            )  # fmt: skip
         axes.set(xlabel="epoch", ylabel="top-1 accuracy, %", title="Learning curves")
         axes.grid(axis="y", alpha=0.25)
     return figure
+
+
+def _curves(runs: Sequence[Finished]) -> list[list[tuple[float, float]]]:
+    """(epoch from 1, accuracy in %) of each run that was scored more than once."""
+    curves = []
+    for run in runs:
+        score = f"{'val' if 'val' in run.result else 'test'}/accuracy"
+        points = [(row["epoch"] + 1, 100 * row[score]) for row in run.history() if score in row]
+        curves.append(points)
+    return [points for points in curves if len(points) > 1]
+
+
+def accuracy_by_cost(
+    groups: Mapping[str, Sequence[Finished]], macs: Mapping[str, int], teachers: Mapping[str, tuple[int, float]]
+) -> Figure:
+    """Mean accuracy against the time of training, and against the multiply-accumulates of one image where known.
+
+    `macs` by setting; `teachers` by name: their multiply-accumulates and accuracy in %.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2 if macs else 1, figsize=(6.4 if macs else 4.5, 4), sharey=True, squeeze=False)
+        styles = list(zip(cycle(COLOURS), cycle("osD^vP"), groups, strict=False))
+        for colour, marker, name in styles:
+            runs = groups[name]
+            accuracy = np.mean([100 * run.result["test"]["accuracy"] for run in runs])
+            style: Any = {"color": colour, "marker": marker, "ls": "", "ms": 7}
+            axes[0, 0].plot(
+                np.mean([run.result["seconds"] for run in runs]), accuracy, label=_folded(name, 40), **style
+            )
+            if name in macs:
+                axes[0, 1].plot(macs[name] / 1e6, accuracy, **style)
+        axes[0, 0].set(xlabel="seconds of training", ylabel="top-1 accuracy, %", title="Accuracy and cost")
+        for name, (cost, accuracy) in teachers.items() if macs else ():
+            axes[0, 1].plot(cost / 1e6, accuracy, "k*", ms=11, label=f"{name} (teacher)")
+        if macs:
+            axes[0, 1].set(xlabel="million multiply-accumulates\nan image")
+            axes[0, 1].set_xlim(left=0)
+        axes[0, 0].set_xlim(left=0)
+        for panel in axes[0]:
+            panel.locator_params(axis="x", nbins=5)
+            panel.grid(alpha=0.25)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def accuracy_against_latency(points: Mapping[str, tuple[float, tuple[float, float, float], float]]) -> Figure:
+    """By name: milliseconds of one image, quartiles of the ratio to the first's, accuracy in %; a point each.
+
+    The first is what the ratios are of; bars are the quartiles.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.6))
+        styles = zip(cycle(COLOURS), cycle("*osD^vP"), points.items(), strict=False)
+        for colour, marker, (name, (milliseconds, (low, middle, high), accuracy)) in styles:
+            axes.errorbar(
+                middle, accuracy, xerr=[[middle - low], [high - middle]], color=colour, marker=marker, ls="", ms=8,
+                alpha=0.85, label=_folded(f"{name}: {milliseconds:.2f} ms", 48),
+            )  # fmt: skip
+        axes.set(xlabel=f"time of one image over that of {next(iter(points))}", ylabel="top-1 accuracy, %")
+        axes.set_title("Accuracy against latency")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def reliability(said: Mapping[str, Predictions], bins: int = 15) -> Figure:
+    """Accuracy within each bin (a, b] of confidence, one panel a network (Guo et al. 2017), and how many fall there."""
+    columns = min(len(said), 2 if len(said) < 5 else 3)
+    rows = -(-len(said) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3 * columns, 2.9 * rows), sharex=True, sharey=True, squeeze=False
+        )
+        edges = np.linspace(0, 1, bins + 1)
+        for panel, colour, (name, predictions) in zip(axes.flat, cycle(COLOURS), said.items(), strict=False):
+            of_bin = np.clip(np.ceil(predictions.confidence * bins).astype(int) - 1, 0, bins - 1)
+            counts = np.bincount(of_bin, minlength=bins)
+            accuracy = np.bincount(of_bin, predictions.correct, bins) / np.maximum(counts, 1)
+            panel.bar(edges[:-1], accuracy, 1 / bins, align="edge", color=colour, alpha=0.75, edgecolor="white", lw=0.5)
+            panel.stairs(counts / counts.sum(), edges, color="black", lw=1)
+            panel.plot([0, 1], [0, 1], color="black", lw=0.8, ls=":")
+            panel.set_title(_folded(name, 26), fontsize=9)
+            panel.set(xlim=(0, 1), ylim=(0, 1))
+        for panel in list(axes.flat)[len(said) :]:
+            panel.axis("off")
+        figure.supxlabel("confidence", fontsize=10)
+        figure.supylabel("accuracy (bars), share of images (line)", fontsize=10)
+        figure.suptitle("Calibration: bars on the dotted line", x=0.02, ha="left", fontweight="bold")
+    return figure
+
+
+def agreement(classes: Mapping[str, np.ndarray]) -> Figure:
+    """The share of images that two networks put into the same class, for each pair; by name their classes [N]."""
+    names, rows = [_folded(name) for name in classes], list(classes.values())
+    shares = 100 * np.array([[np.mean(one == other) for other in rows] for one in rows])
+    np.fill_diagonal(shares, np.nan)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(2.4 + 0.75 * len(rows), 1.9 + 0.6 * len(rows)))
+        axes.imshow(shares, cmap="Blues", aspect="auto")
+        axes.set_facecolor("#EEEEEE")
+        middle = np.nanmean([np.nanmin(shares), np.nanmax(shares)])
+        for i, j in zip(*np.nonzero(~np.isnan(shares)), strict=True):
+            axes.text(
+                j,
+                i,
+                f"{shares[i, j]:.0f}",
+                ha="center",
+                va="center",
+                color="white" if shares[i, j] > middle else "black",
+            )
+        axes.set_xticks(range(len(rows)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=9)
+        axes.set_yticks(range(len(rows)), names, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title("Same class, % of the test images", x=0, ha="left")
+    return figure
+
+
+def _folded(text: str, width: int = 22) -> str:
+    """A long name on several lines."""
+    return textwrap.fill(text, width)
 
 
 def _apart(heights: Sequence[float], limits: tuple[float, float]) -> list[float]:
@@ -62,62 +214,30 @@ def _apart(heights: Sequence[float], limits: tuple[float, float]) -> list[float]
     return list(placed.values())
 
 
-def class_relations(weight: np.ndarray, class_names: Sequence[str], strongest: int = 14) -> Figure:
-    """The serialization layer's weights [C, C] off the identity, and the strongest relations between two classes."""
-    change = weight - np.eye(len(weight))
-    between = change - np.diag(np.diag(change))
-    limit = np.quantile(np.abs(between), 0.999)
-    with plt.rc_context(STYLE):
-        figure, (matrix, bars) = plt.subplots(1, 2, figsize=(12, 6.4), width_ratios=(1.45, 1))
-        picture = matrix.imshow(between, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        step = -(-len(class_names) // 62)
-        ticks = range(0, len(class_names), step)
-        size = 6 if len(class_names) > 20 else 9
-        matrix.set_xticks(
-            ticks, [class_names[i] for i in ticks], fontsize=size, rotation=90 if max(map(len, class_names)) > 2 else 0
-        )
-        matrix.set_yticks(ticks, [class_names[i] for i in ticks], fontsize=size)
-        matrix.set(xlabel="from the student's logit of class j", ylabel="to the logit for distillation of class i")
-        matrix.set_title("What the serialization layer learned: w_ij off the diagonal")
-        figure.colorbar(picture, ax=matrix, shrink=0.6, pad=0.02)
-        rows, columns = np.unravel_index(np.argsort(-np.abs(between), axis=None)[:strongest], between.shape)
-        values = between[rows, columns]
-        labels = [
-            f"{class_names[j]}  \N{RIGHTWARDS ARROW}  {class_names[i]}" for i, j in zip(rows, columns, strict=True)
-        ]
-        bars.barh(range(strongest), values, color=np.where(values > 0, COLOURS[3], COLOURS[1]))
-        bars.set_yticks(range(strongest), labels)
-        bars.invert_yaxis()
-        bars.axvline(0, color="black", lw=0.8)
-        bars.locator_params(axis="x", nbins=4)
-        bars.set(title="Its strongest relations", xlabel="weight w_ij")
-    return figure
-
-
 def what_they_say(
-    images: np.ndarray, target: np.ndarray, said: dict[str, np.ndarray], class_names: Sequence[str], title: str
+    images: np.ndarray, picked: Sequence[int], said: Mapping[str, Predictions], class_names: Sequence[str], title: str
 ) -> Figure:
-    """Images uint8 [N, H, W, 3], each with the three likeliest classes of every network (probabilities [N, C])."""
+    """Images uint8 [N, H, W, 3] at the positions `picked`, each with the likeliest classes of every network."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1 + len(said), len(images), figsize=(1.55 * len(images), 1.5 + 1.05 * len(said)), squeeze=False,
             height_ratios=[1.3] + [1] * len(said),
         )  # fmt: skip
-        for column, image in enumerate(images):
+        for column, (position, image) in enumerate(zip(picked, images, strict=True)):
             axes[0, column].imshow(image)
             axes[0, column].axis("off")
-            axes[0, column].set_title(class_names[target[column]], loc="center", fontsize=11)
-            for row, (name, probabilities) in enumerate(said.items(), start=1):
-                panel = axes[row, column]
-                top = np.argsort(-probabilities[column])[:3]
-                colours = [COLOURS[4] if k == target[column] else "#BBBBBB" for k in top]
-                panel.barh(range(3), probabilities[column][top], color=colours)
-                panel.set(xlim=(0, 1), xticks=[], ylim=(2.6, -0.6))
-                panel.set_yticks(range(3), [_short(class_names[k]) for k in top], fontsize=8)
+            for row, (name, predictions) in enumerate(said.items(), start=1):
+                panel, target = axes[row, column], predictions.target[position]
+                axes[0, column].set_title(class_names[target], loc="center", fontsize=11)
+                classes, probabilities = predictions.classes[position], predictions.probabilities[position]
+                colours = [COLOURS[4] if k == target else "#BBBBBB" for k in classes]
+                panel.barh(range(len(classes)), probabilities, color=colours)
+                panel.set(xlim=(0, 1), xticks=[], ylim=(len(classes) - 0.4, -0.6))
+                panel.set_yticks(range(len(classes)), [_short(class_names[k]) for k in classes], fontsize=8)
                 panel.spines[["bottom", "left"]].set_visible(False)
                 panel.tick_params(length=0)
                 if column == 0:
-                    panel.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center", labelpad=14)
+                    panel.set_ylabel(_folded(name, 16), fontsize=9, rotation=0, ha="right", va="center", labelpad=14)
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
@@ -127,7 +247,9 @@ def _short(name: str) -> str:
 
 
 def save(figure: Figure, file: Path) -> Path:
-    """Write a PNG and let go of the figure."""
-    figure.savefig(file)
+    """Write a PNG of at most 256 colours, a third of the size, and let go of the figure."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, bbox_inches="tight")
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256).save(file, optimize=True)
     return file

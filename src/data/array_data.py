@@ -1,7 +1,7 @@
 """Images in memory, from one array file; views are made on the device, a whole batch at once."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ class ArrayReader(Reader):
         """The batch at these positions of the split."""
         index = torch.tensor(share.positions)
         rows = index if self.index is None else self.index[index]
-        return Samples((self.images[rows],), self.labels[rows], index)
+        pixels = self.images.permute(0, 2, 3, 1).index_select(0, rows)  # stored like this: one copy an image
+        return Samples((pixels.permute(0, 3, 1, 2),), self.labels[rows], index)
 
 
 class ArrayData(ImageData):
@@ -82,21 +83,33 @@ class ArrayData(ImageData):
         views = tuple(draw(view=view) for view in range(self.views))
         return batch._replace(images=tuple(crop_and_flip(images, view, self.padding) for view in views), views=views)
 
+    @cached_property
+    def train_duplicates(self) -> dict[str, int]:
+        """How many images of `val` and `test` are training images too, pixel for pixel."""
+        train = _hashes(self.arrays.train_images)
+        seen = {train[row] for row in self.train_index.tolist()}
+        splits = {"val": [train[row] for row in self.val_index.tolist()], "test": _hashes(self.arrays.test_images)}
+        return {split: sum(image in seen for image in images) for split, images in splits.items() if images}
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(3, H, W)."""
         _, height, width = self.arrays.train_images.shape[1:]
         return 3, height, width
 
-    @property
-    def view_count(self) -> int:
-        """How many different views the augmentation can make of an image."""
+    def view_count(self, epochs: int) -> int:
+        """How many different views the augmentation can make of an image, in however many epochs."""
         return view_count(self.padding, self.flip)
 
     @property
     def views_name(self) -> str:
         """Padding and flip."""
         return f"{self.padding}-{self.flip}"
+
+
+def _hashes(images: Tensor) -> list[int]:
+    """64 bits of each image [3, H, W] that only the same pixels share."""
+    return [hash(image.tobytes()) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from src.data.arrays import save_arrays
 from src.errors import UserError
+from src.files import by_one_process
 
 
 def cifar10(root: Path) -> Path:
@@ -25,15 +26,21 @@ def _array_file(root: Path, name: str) -> Path:
     if file.is_file():
         return file
     try:
-        splits = {split: _download(root, name, train=split == "train") for split in ("train", "test")}
+        with by_one_process(file):
+            if not file.is_file():
+                _make(file, name)
     except Exception as error:  # no network, a wrong checksum, an unwritable folder: torchvision raises many kinds
         raise UserError(
             f"{name} is neither at {file} nor can it be downloaded ({error}): put the array file or torchvision's "
             f"archive there, or name a file by data.path or a folder by data.root."
         ) from error
+    return file
+
+
+def _make(file: Path, name: str) -> None:
+    splits = {split: _download(file.parent, name, train=split == "train") for split in ("train", "test")}
     arrays = {f"{split}_{key}": value for split, data in splits.items() for key, value in _arrays(data).items()}
     save_arrays(file, class_names=np.array(splits["train"].classes), **arrays, **_superclass_names(splits["train"]))
-    return file
 
 
 def _download(root: Path, name: str, train: bool) -> Any:

@@ -83,7 +83,7 @@ class EvaluationReader(Reader):
 
 @dataclass
 class TrainingReader(Reader):
-    """Random crops of each photo; a view's number is its 63 random bits."""
+    """Random crops of each photo, by 63 random bits; a view's number counts those of earlier epochs."""
 
     photos: Photos
     labels: Tensor
@@ -100,9 +100,9 @@ class TrainingReader(Reader):
         rows = index if self.index is None else self.index[index]
         photos = _opened(self.photos, rows)
         heights, widths = torch.tensor([(photo.height, photo.width) for photo in photos]).T
-        views = tuple(random_bits(self.seed, share.epoch, index, FIRST_VIEW + view) for view in range(self.views))
-        cuts = [_cuts(*resized_crop_boxes(view, heights, widths, self.scale, RATIO)) for view in views]
-        batches = [_batch(len(rows), self.size) for _ in views]
+        bits = [random_bits(self.seed, share.epoch, index, FIRST_VIEW + view) for view in range(self.views)]
+        cuts = [_cuts(*resized_crop_boxes(drawn, heights, widths, self.scale, RATIO)) for drawn in bits]
+        batches = [_batch(len(rows), self.size) for _ in bits]
         for place, photo in enumerate(photos):
             decoded: dict[int, tuple[Image.Image, int]] = {}
             for view, (_, put) in zip(cuts, batches, strict=True):
@@ -111,7 +111,8 @@ class TrainingReader(Reader):
                 if reduced not in decoded:
                     decoded[reduced] = photo.decode(reduced)
                 put[place] = crop_and_resize(*decoded[reduced], box, self.size, mirrored and self.flip)
-        return Samples(tuple(images for images, _ in batches), self.labels[rows], index, views)
+        numbers = tuple(torch.full_like(index, share.epoch * self.views + view) for view in range(self.views))
+        return Samples(tuple(images for images, _ in batches), self.labels[rows], index, numbers)
 
 
 def _opened(photos: Photos, rows: Tensor) -> list[Photo]:
@@ -201,6 +202,12 @@ class FolderData(ImageData):
                 self.photos[split], labels, index, self.image_size, self.scale, self.flip, self.views, self.seed
             )
         return EvaluationReader(self.photos[split], labels, index, self.resize, self.image_size)
+
+    @property
+    def views_name(self) -> str:
+        """What decides the crops; a view's number is (epoch, view)."""
+        low, high = self.scale
+        return f"{self.image_size}-{low}-{high}-{self.flip}-{self.views}-seed{self.seed}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

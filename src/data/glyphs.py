@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from src.data.arrays import save_arrays
+from src.files import by_one_process
 
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 FONTS = {
@@ -35,8 +36,11 @@ VERSION = 1
 def glyphs(root: Path) -> Path:
     """The array file of 200 training and 20 test images a class in `root`, made where it is missing (some seconds)."""
     file = root / f"glyphs-v{VERSION}.npz"
-    if not file.is_file():
-        save_arrays(file, class_names=np.array(list(CLASSES)), **draw_split("train", 200), **draw_split("test", 20))
+    if file.is_file():
+        return file
+    with by_one_process(file):
+        if not file.is_file():
+            save_arrays(file, class_names=np.array(list(CLASSES)), **draw_split("train", 200), **draw_split("test", 20))
     return file
 
 

@@ -1,6 +1,7 @@
 """The DataModule: batches that are a function of (seed, epoch, batch), whatever images are read from."""
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +55,8 @@ class EpochBatches(Sampler[Share]):
 
     Shuffled (training): the last batch keeps a multiple of the number of devices. In order (evaluation): every
     position once over all devices, in batches of nearly one size, so that every device has equally many.
-    `blocks` [size]: where each position is stored, for an order that keeps what is stored together.
+    `blocks` [size]: where each position is stored, for an order that keeps what is stored together. The epoch `epoch`,
+    which is resumed, goes on with its batch number `done`; all others have all their batches.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class EpochBatches(Sampler[Share]):
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
+        done: int = 0,
     ) -> None:
         self.size, self.batch_size, self.seed, self.index, self.blocks = size, batch_size, seed, index, blocks
         self.rank, self.world_size = rank, world_size
-        self.epoch = epoch
+        self.epoch = self.resumed = epoch
+        self.done = done
         self.sampler = self  # where Lightning looks for set_epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -88,7 +92,8 @@ class EpochBatches(Sampler[Share]):
         else:
             order = epoch_order(self.seed, self.epoch, self.size, self.blocks)
         rows = order if self.index is None else self.index[order]
-        for batch in rows.split(self.batch_size) if self.seed is not None else rows.tensor_split(len(self)):
+        batches = rows.split(self.batch_size) if self.seed is not None else rows.tensor_split(len(self))
+        for batch in batches[self.done if self.epoch == self.resumed else 0 :]:
             if self.seed is not None:
                 batch = batch[: len(batch) - len(batch) % self.world_size]
             if share := batch[self.rank :: self.world_size].tolist():
@@ -123,6 +128,8 @@ class ImageData(L.LightningDataModule):
         self.name = name
         self.train_size, self.val_size, self.split_seed = train_size, val_size, split_seed
         self.workers, self.batch_size, self.seed = workers, batch_size, seed
+        self.next_batch = (0, 0)
+        """Epoch and batch that training starts with."""
         self.views = 1
         """How many views of each image the method asks for."""
 
@@ -146,14 +153,13 @@ class ImageData(L.LightningDataModule):
         """(3, H, W) of a view."""
         raise NotImplementedError
 
-    @property
-    def view_count(self) -> int | None:
-        """How many different views the augmentation can make of an image; None where they are not countable."""
-        return None
+    def view_count(self, epochs: int) -> int:
+        """How many numbers the views of an image can have in so many epochs."""
+        return epochs * self.views
 
     @property
     def views_name(self) -> str:
-        """Tells a countable augmentation from others in a file name."""
+        """Tells views of the same number from others in a file name."""
         raise NotImplementedError
 
     def load(self) -> None:
@@ -180,6 +186,13 @@ class ImageData(L.LightningDataModule):
         return self.source.class_names
 
     @property
+    def trained_labels(self) -> Tensor:
+        """The class of each image of the training data [N] int64, -1 of those that take no part in training."""
+        labels = torch.full_like(self.source.train_labels, -1)
+        labels[self.train_index] = self.source.train_labels[self.train_index]
+        return labels
+
+    @property
     def superclasses(self) -> list[str] | None:
         """The name of each class's superclass, where the data has such."""
         names, of = self.source.superclass_names, self.source.superclass_of
@@ -195,9 +208,29 @@ class ImageData(L.LightningDataModule):
         """Which training images are held out."""
         return hashlib.sha256(self.val_index.numpy().tobytes()).hexdigest()[:8]
 
+    @property
+    def train_duplicates(self) -> dict[str, int] | None:
+        """How many images of `val` and `test` are training images too, pixel for pixel; None where it is not known."""
+        return None
+
     def split_size(self, split: str) -> int:
         """Number of images in `val` or `test`."""
         return len(self.val_index if split == "val" else self.source.test_labels)
+
+    def setup(self, stage: str) -> None:
+        """Training starts at its first batch, unless a checkpoint is restored after this."""
+        self.next_batch = (0, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Which batch of which epoch is the next."""
+        assert self.trainer is not None
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return {"epoch": epochs.processed, "batch": batches.processed if epochs.ready > epochs.processed else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there: the first batches are fetched before Lightning tells the epoch."""
+        self.next_batch = (state_dict["epoch"], state_dict["batch"])
 
     def train_dataloader(self) -> DataLoader[Samples]:
         """Shuffled batches of this device's share."""
@@ -214,7 +247,8 @@ class ImageData(L.LightningDataModule):
             blocks=None if self.blocks is None else self.blocks[self.train_index],
             rank=rank,
             world_size=world_size,
-            epoch=self._first_epoch(),
+            epoch=self.next_batch[0],
+            done=self.next_batch[1],
         )
         return self._loader(self.reader("train"), batches)
 
@@ -251,13 +285,8 @@ class ImageData(L.LightningDataModule):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
         )
-
-    def _first_epoch(self) -> int:
-        """The epoch that is resumed: workers fetch its first batches before Lightning calls set_epoch."""
-        if self.trainer is None:
-            return 0
-        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -265,6 +294,12 @@ class ImageData(L.LightningDataModule):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A cluster and Ctrl-C ask all processes of a job to end; the run still wants its next batch."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stratified(labels: Tensor, candidates: Tensor, size: int, seed: int, option: str) -> Tensor:

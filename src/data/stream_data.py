@@ -6,6 +6,7 @@ them `index.npz` says what is where, so labels and classes are known before a sh
 
 import io
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from torch import Tensor
 from src.data.folder_data import FolderData
 from src.data.source import Source
 from src.errors import UserError
+from src.files import believable_members
 
 INDEX = "index.npz"
 
@@ -190,21 +192,30 @@ def read_index(root: str) -> dict[str, np.ndarray]:
     """`class_names`, the `digest` of the folder's files, and `<split>_<column>` of train and test."""
     files, path = open_root(root)
     try:
-        with np.load(io.BytesIO(files.cat_file(f"{path}/{INDEX}")), allow_pickle=False) as arrays:
-            index = {key: arrays[key] for key in arrays.files}
+        content = io.BytesIO(files.cat_file(f"{path}/{INDEX}"))
+        believable_members(Path(f"{root}/{INDEX}"), content)
+        with np.load(content, allow_pickle=False) as arrays:
+            index = {key: arrays[key] for key in arrays.files if isinstance(arrays[key], np.ndarray)}
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(
             f"data.root={root} holds no {INDEX}: make shards by python -m src.convert data.root=PHOTOS out=FOLDER."
         ) from None
     except Exception as error:  # each storage has its own
         raise UserError(f"{root}/{INDEX} cannot be read ({reason(error)}).") from None
-    if not {"class_names", "digest"} <= index.keys() or not all(_fits(index, split) for split in ("train", "test")):
+    named = index.get("class_names", np.array(0)).ndim == 1 and re.fullmatch("[0-9a-f]{64}", str(index.get("digest")))
+    if not named or not all(_fits(index, split) for split in ("train", "test")):
         raise UserError(f"{root}/{INDEX} is not what python -m src.convert writes: convert again.")
     return index
 
 
 def _fits(index: dict[str, np.ndarray], split: str) -> bool:
-    """Whether a split's columns are there, as long as each other, and its labels are classes."""
+    """Whether a split's columns are there, as long as each other, and its labels are classes.
+
+    The digest names a folder of the cache: that it is one keeps an index from reaching elsewhere.
+    """
     columns = [index.get(f"{split}_{column}", np.array([])) for column in COLUMNS]
-    same = len({column.shape for column in columns}) == 1 and columns[0].size > 0
-    return same and bool(np.isin(columns[0], np.arange(len(index["class_names"]))).all())
+    same = len({column.shape for column in columns}) == 1 and columns[0].ndim == 1 and columns[0].size > 0
+    whole = all(column.dtype.kind in "iu" for column in columns)
+    return same and whole and bool(np.isin(columns[0], np.arange(len(index["class_names"]))).all())

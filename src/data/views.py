@@ -7,6 +7,7 @@ ones.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,10 +19,16 @@ def random_bits(seed: int, epoch: int, index: Tensor, stream: int) -> Tensor:
 
     Keys that differ in anything give independent bits; `stream` separates the uses of one (seed, epoch, index).
     """
-    bits = torch.zeros_like(index)
+    return _mix(index ^ _key(seed, epoch, stream)) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, epoch: int, stream: int) -> int:
+    """What the keys that a whole batch shares come to."""
+    bits = torch.zeros((), dtype=torch.int64)
     for key in (seed, epoch, stream):
         bits = _mix(bits ^ key)
-    return _mix(bits ^ index) & 0x7FFF_FFFF_FFFF_FFFF
+    return int(bits)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -88,11 +95,15 @@ def crop_and_flip(images: Tensor, views: Tensor, padding: int) -> Tensor:
     """
     offsets = 2 * padding + 1
     down, right, mirrored = views % offsets, views // offsets % offsets, views >= offsets**2
-    if padding:
-        height, width = images.shape[2:]
-        windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-        images = windows[torch.arange(len(images), device=images.device), :, down, right]
-    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    count, channels, height, width = images.shape
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *[padding] * 4))
+    steps = torch.arange(width, device=images.device)
+    columns = right[:, None] + torch.where(mirrored[:, None], width - 1 - steps, steps)
+    rows = down[:, None] + torch.arange(height, device=images.device)
+    first = torch.arange(count, device=images.device)[:, None] * padded.shape[1]
+    places = (first + rows)[:, :, None] * padded.shape[2] + columns[:, None]
+    pixels = padded.reshape(-1, channels).index_select(0, places.flatten())  # one gather, all channels of a pixel
+    return pixels.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 CROP_ATTEMPTS = 10
@@ -128,6 +139,11 @@ def resized_crop_boxes(
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images / 255 - mean) / std in float32, per channel, of uint8 images [B, C, H, W]."""
-    scale = torch.tensor(std, device=images.device)[:, None, None] * 255
-    shift = torch.tensor(mean, device=images.device)[:, None, None] * 255
-    return images.float().sub_(shift).div_(scale)  # in place: on a processor memory is what takes time
+    scale = torch.tensor(std, device=images.device) * 255
+    shift = torch.tensor(mean, device=images.device) * 255
+    if images.stride(1) == 1:  # channels last: by whole rows, or torch would go by 3 numbers at a time
+        pixels, width = images.permute(0, 2, 3, 1), images.shape[3]
+        rows = pixels.flatten(2).float().sub_(shift.repeat(width)).div_(scale.repeat(width))
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
+    # in place: on a processor memory is what takes time
+    return images.float().sub_(shift[:, None, None]).div_(scale[:, None, None])

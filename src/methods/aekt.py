@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import UserError
-from src.methods.dkd import DKD, target_log_odds
-from src.methods.method import Batch, warm_up
+from src.methods.decoupling import Decoupled
+from src.methods.dkd import DKD
+from src.methods.method import warm_up
 
 Weighting = Literal["ratio", "log_ratio", "constant"]
 LARGEST_BOUND = 1e6
@@ -40,24 +41,21 @@ def explicit_weight(log_p: Tensor, log_q: Tensor, weighting: Weighting, max_weig
 
 
 def explicit_transfer_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
+    decoupled: Decoupled,
     temperature: float,
     weighting: Weighting = "ratio",
     max_weight: float = 10.0,
     confidence_term: bool = True,
 ) -> Tensor:
-    """L_AEKT = -T sg(w) log p_t, averaged over the batch; logits [B, C], target [B].
+    """L_AEKT = -T sg(w) log p_t, averaged over the batch.
 
     Gradient of one sample's loss at u_t: -w (1 - p_t), at u_i: w p_i. Without the confidence term (the ablation of the
     paper's Figure B.1) log p_t gives way to the log-odds log(p_t / (1 - p_t)): gradient -w at u_t, w p'_i at u_i; that
     loss is unbounded below.
     """
-    student = target_log_odds(student_logits, target, temperature)
-    teacher = target_log_odds(teacher_logits, target, temperature)
-    weight = explicit_weight(F.logsigmoid(student), F.logsigmoid(teacher), weighting, max_weight).detach()
-    confidence = F.logsigmoid(student) if confidence_term else student
+    log_p, log_q = F.logsigmoid(decoupled.student), F.logsigmoid(decoupled.teacher)
+    weight = explicit_weight(log_p, log_q, weighting, max_weight).detach()
+    confidence = log_p if confidence_term else decoupled.student
     return -temperature * (weight * confidence).mean()
 
 
@@ -83,15 +81,9 @@ class AEKT(DKD):
         """DKD's weights and that of explicit transfer, which warms up with them."""
         return {**super().weights(epoch), "explicit_transfer": warm_up(epoch, self.warmup_epochs) * self.gamma}
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """DKD's terms and explicit transfer, all distillation on the logits after serialization."""
+    def distillation(self, decoupled: Decoupled) -> dict[str, Tensor]:
+        """DKD's terms and explicit transfer."""
         explicit = explicit_transfer_loss(
-            batch.student.distillation_logits,
-            batch.teacher.logits,
-            batch.target,
-            self.temperature,
-            self.weighting,
-            self.max_weight,
-            self.confidence_term,
+            decoupled, self.temperature, self.weighting, self.max_weight, self.confidence_term
         )
-        return {**super().terms(batch), "explicit_transfer": explicit}
+        return {**super().distillation(decoupled), "explicit_transfer": explicit}

@@ -3,7 +3,8 @@
 
 The paper compares the kernel matrices of a batch's embeddings. The form in use, which RepDistiller has from the authors
 and which its weight and published numbers belong to, is another: with d_i = |s_i - t_i|, element by element, of the
-embeddings s and t of sample i, both linear and both trained, it is the mean over i of <d_i, d_{i+1}>.
+embeddings s and t of sample i, both linear and both trained, it is the mean over i of <d_i, d_{i+1}>. The batch is what
+one device sees of it.
 """
 
 from pydantic import PositiveInt

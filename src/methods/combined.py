@@ -30,6 +30,7 @@ class Combined(Method):
         self.needs_teacher = main.needs_teacher or also.needs_teacher
         self.distils_logits = main.distils_logits or also.distils_logits
         self.needs_features = main.needs_features or also.needs_features
+        self.needs_preactivations = main.needs_preactivations or also.needs_preactivations
         self.views = max(main.views, also.views)
 
     def build(self, networks: Networks) -> None:

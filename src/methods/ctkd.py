@@ -34,10 +34,7 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
     `temperature` is [] or [B]; its gradient counts T^2 and both softmaxes.
     """
     temperature = temperature.expand(len(student_logits))
-    log_p, log_q = (
-        F.log_softmax(log_softmax(logits, 1.0) / temperature[:, None], dim=1)
-        for logits in (student_logits, teacher_logits)
-    )
+    log_p, log_q = (log_softmax(logits, temperature[:, None]) for logits in (student_logits, teacher_logits))
     divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
     return (temperature**2 * divergence).mean()
 
@@ -95,7 +92,7 @@ class CTKD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, KD on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         temperature = self.temperature(student, teacher, curriculum(batch.epoch, self.curriculum_epochs))
         return {
             "cross_entropy": cross_entropy(batch),

@@ -4,7 +4,7 @@ With p = softmax(u / T) of the student's logits u and q = softmax(v / T) of the 
 r(x, y) Pearson's correlation,
 
     inter-class = T^2 mean_b (1 - r(p_b, q_b)), b a sample and its C probabilities,
-    intra-class = T^2 mean_c (1 - r(p_c, q_c)), c a class and its B probabilities.
+    intra-class = T^2 mean_c (1 - r(p_c, q_c)), c a class and its B probabilities: of the samples that one device sees.
 
 A correlation knows no scale, so each row or column is measured against its own largest probability: columns of classes
 that nobody predicts do not underflow. Where all entries of either side are equal a correlation is undefined: 0 here,
@@ -81,7 +81,7 @@ class DIST(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, both relations on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         return {
             "cross_entropy": cross_entropy(batch),
             "inter_class": inter_class_loss(student, teacher, self.temperature),

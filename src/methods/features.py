@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.errors import UserError
 from src.methods.method import Batch, Networks
+from src.models.network import Network
 
 Shape = tuple[int, ...]
 
@@ -44,10 +47,11 @@ def stage_shapes(networks: Networks, method: str) -> list[tuple[Shape, Shape]]:
 def at_one_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both [B, channels, height, width], the larger averaged down to the smaller; channels stay as they are."""
     height, width = (min(student.shape[i], teacher.shape[i]) for i in (2, 3))
-    return _pooled(student, height, width), _pooled(teacher, height, width)
+    return averaged_to(student, height, width), averaged_to(teacher, height, width)
 
 
-def _pooled(features: Tensor, height: int, width: int) -> Tensor:
+def averaged_to(features: Tensor, height: int, width: int) -> Tensor:
+    """Means of [B, channels, height, width] over blocks of pixels; channels stay as they are."""
     if features.shape[2:] == (height, width):
         return features
     rows, columns = features.shape[2] / height, features.shape[3] / width
@@ -80,3 +84,54 @@ def unit(features: Tensor, dim: int) -> Tensor:
 def exact_products(tensor: Tensor) -> AbstractContextManager[None]:
     """Within it mixed precision leaves matrix products alone: a loss is computed as precisely as its inputs allow."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def preactivation_pairs(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """As `stage_pairs`, before the ReLU."""
+    return list(zip(batch.student.preactivations[1:], batch.teacher.preactivations[1:], strict=False))
+
+
+def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
+    """1x1 convolution and batch norm, as OFD and AB lead the student's features [B, channels, H, W] to the teacher's.
+
+    Its weights begin as N(0, 2 / teacher_channels), as in both papers' code.
+    """
+    convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.BatchNorm2d(teacher_channels))
+
+
+def later_counts_double(losses: Sequence[Tensor]) -> Tensor:
+    """sum_i 2^(i - n + 1) loss_i, i from 0 to n - 1: the last stage counts whole, each other half of the next."""
+    return torch.stack([loss * 2.0 ** (i - len(losses) + 1) for i, loss in enumerate(losses)]).sum()
+
+
+def last_maps(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The maps [B, D, height, width] that the pooled features of student and teacher are made of."""
+    student, teacher = batch.student.unpooled, batch.teacher.unpooled
+    assert student is not None, "a method that reads these maps asks for their shapes first"
+    assert teacher is not None
+    return student, teacher
+
+
+def last_map_shapes(networks: Networks, method: str) -> tuple[Shape, Shape]:
+    """(D, height, width) of `last_maps`. Raises `UserError` where the pooled features are not simply such a map's."""
+    teacher = networks.teacher
+    assert teacher is not None
+    channels, height, width = networks.image_shape
+    size = (teacher.image_size, teacher.image_size) if teacher.image_size else (height, width)
+    return (
+        _last_map_shape(networks.student, networks.image_shape, f"method={method}: the student's"),
+        _last_map_shape(teacher.network, (channels, *size), f"method={method}: the teacher's"),
+    )
+
+
+@torch.no_grad()
+def _last_map_shape(network: Network, image_shape: Shape, whose: str) -> Shape:
+    training, parameter = network.training, next(network.parameters())
+    image = torch.linspace(-2, 2, math.prod(image_shape)).view(1, *image_shape).to(parameter)
+    said = network.eval().forward_features(image)
+    network.train(training)
+    if said.unpooled is None or not torch.allclose(network.pool(said.unpooled), said.pooled, rtol=1e-3, atol=1e-5):
+        raise UserError(f"{whose} classifier does not see its last feature map averaged: choose another network.")
+    return tuple(said.unpooled.shape[1:])

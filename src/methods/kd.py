@@ -40,7 +40,7 @@ class KD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, KD on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         return {
             "cross_entropy": cross_entropy(batch),
             "kd": kd_loss(student, teacher, self.temperature),

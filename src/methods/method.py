@@ -6,7 +6,8 @@ A method is a function from what student and teacher said to named loss terms. A
 
 - logits of student and teacher before and after the serialization layer, targets, sample indices, epoch and step:
   always there, in `Batch`;
-- stage features and pooled features of both networks: `needs_features = True`;
+- stage features, pooled features and the map those are made of, of both networks: `needs_features = True`; the stage
+  features before their ReLU too: `needs_preactivations = True`;
 - more than one augmented view of each image: `views = 2`;
 - parameters and buffers of its own (adapters, a learnable temperature, a memory bank): made in `build`, where the
   sizes of both networks, the number of training images, the teacher's classifier and further students can be had; they
@@ -39,11 +40,16 @@ class Prediction(NamedTuple):
     logits: Tensor
     """[B, C]: the network's own, which cross-entropy sees and inference uses."""
     distillation_logits: Tensor
-    """[B, C]: the student's after its serialization (`logits` itself where that is off, and for a teacher)."""
+    """[B, C]: what distillation compares: the student's after its serialization (`logits` itself where that is off, and
+    for a teacher), both standardized under `standardize_logits`."""
     features: tuple[Tensor, ...]
     """The stem's output and each stage's [B, channels, height, width]; empty unless the method `needs_features`."""
     pooled: Tensor | None
     """[B, D], the input of the classifier; None unless the method `needs_features`."""
+    preactivations: tuple[Tensor, ...] = ()
+    """`features` before their ReLU, of the same shapes; empty unless the method `needs_preactivations`."""
+    unpooled: Tensor | None = None
+    """[B, D, height, width], the map that `pooled` is made of; None where there is none or no `needs_features`."""
 
 
 class View(NamedTuple):
@@ -93,6 +99,8 @@ class Networks:
     train_size: int
     new_student: Callable[[], Network]
     """Makes one more student with fresh weights, for methods that train several."""
+    train_labels: Tensor | None = None
+    """[train_size] int64, the class of each image of the training data, -1 where it is left out or held out."""
 
     @cached_property
     def student_shapes(self) -> Shapes:
@@ -127,6 +135,8 @@ class Method(nn.Module):
     distils_logits = False
     """Whether a term reads `distillation_logits`: only then does serialization mean anything."""
     needs_features = False
+    needs_preactivations = False
+    """Beside the features: what their ReLUs were given (`src/models/preactivations.py` says what of which network)."""
     views = 1
 
     def build(self, networks: Networks) -> None:
@@ -171,7 +181,10 @@ def cross_entropy(batch: Batch) -> Tensor:
     return F.cross_entropy(at_least_float32(batch.student.logits), batch.target)
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / T) of each row, [B, C]; the peak is taken off first, so that the division rounds gaps."""
+def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """log softmax(logits / T) of each row, [B, C]; the peak is taken off first, so that the division rounds gaps.
+
+    `temperature` is one number, or one for each row: [B, 1].
+    """
     logits = at_least_float32(logits)
     return F.log_softmax((logits - logits.amax(dim=1, keepdim=True).detach()) / temperature, dim=1)

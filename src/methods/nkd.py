@@ -10,7 +10,7 @@ temperature; among the C - 1 non-target classes p' = softmax(u_i / T), q' = soft
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from src.methods.dkd import non_target_logits
+from src.methods.decoupling import non_target_logits
 from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
@@ -48,7 +48,7 @@ class NKD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, both parts of NKD on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         return {
             "cross_entropy": cross_entropy(batch),
             "soft_target": soft_target_loss(student, teacher, batch.target),

@@ -40,7 +40,7 @@ class TTM(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, TTM on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         return {
             "cross_entropy": cross_entropy(batch),
             "ttm": transformed_divergence(student, teacher, self.exponent).mean(),

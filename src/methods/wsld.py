@@ -16,7 +16,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.dkd import target_log_odds
+from src.methods.decoupling import target_log_odds
 from src.methods.method import Batch, Method, cross_entropy, log_softmax
 
 
@@ -58,7 +58,7 @@ class WSLD(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, WSLD on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         return {
             "cross_entropy": cross_entropy(batch),
             "wsld": wsld_loss(student, teacher, batch.target, self.temperature),

@@ -41,7 +41,7 @@ class WTTM(Method):
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, WTTM on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.logits
+        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
         return {
             "cross_entropy": cross_entropy(batch),
             "wttm": wttm_loss(student, teacher, self.exponent),

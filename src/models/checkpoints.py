@@ -5,10 +5,15 @@ Read unchanged: RepDistiller and mdistiller (`model` beside epoch, accuracy, opt
 Lightning (`state_dict` with `student.`), bare state dicts, and ours (`model` beside facts).
 """
 
+import contextlib
 import hashlib
+import io
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
-from src.files import written_whole
+from src.files import believable_members, written_whole
 from src.models.network import Network
 
 
@@ -43,7 +48,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises `UserError` where the file is missing, damaged, a program, asks for code, or holds no tensors.
     """
-    content = _read(path)
+    content = read_file(path, ignored=IGNORED)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -60,7 +65,7 @@ def read_facts(path: Path) -> dict[str, list[Any]]:
 
     Raises `UserError` for each reason of `read_state_dict`.
     """
-    content = _read(path)
+    content = read_file(path, ignored=IGNORED)
     found = content if isinstance(content, dict) and isinstance(content.get("model"), dict) else {}
     facts = {}
     for name, kind, count in (("class_names", str, None), ("mean", float, 3), ("std", float, 3)):
@@ -71,15 +76,20 @@ def read_facts(path: Path) -> dict[str, list[Any]]:
     return facts
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path, hint: str = "get it again", ignored: Sequence[Any] = ()) -> Any:
+    """What torch.save wrote, on the CPU: tensors, plain types, and `_Ignored` for what is `ignored`.
+
+    Raises `UserError` where the file is missing, damaged (with a `hint`), a program, or asks for code.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the checkpoint file in it.")
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a checkpoint.")
     try:
-        if _is_program(path):
-            raise UserError(f"{path} is a program (TorchScript or torch.export), refused: give a file of weights only.")
-        with torch.serialization.safe_globals(IGNORED):
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        with torch.serialization.safe_globals(list(ignored)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what follows from them is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -87,17 +97,35 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path} may not be read: give yourself the permission.") from error
     except Exception as error:  # a damaged file fails in every way that readers of zip and pickle can
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if wanted:
+        asked = wanted[1] if wanted else _called_by_pickle(path)
+        if asked:
             hint = "give a file that holds a state dict alone"
-            raise UserError(f"{path} asks for {wanted[1]}, which could execute code, refused: {hint}.") from error
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): get it again.") from error
+            raise UserError(f"{path} asks for {asked}, which could execute code, refused: {hint}.") from error
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {hint}.") from error
 
 
-def _is_program(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
+def _check_archive(path: Path) -> None:
+    """Raises `UserError` for a program or a bomb, `BadZipFile` for a wrong checksum, which torch does not look at."""
+    members = believable_members(path)
+    if any(member.filename.rsplit("/", 1)[-1] in PROGRAM_MEMBERS for member in members):
+        raise UserError(f"{path} is a program (TorchScript or torch.export), refused: give a file of weights only.")
     with zipfile.ZipFile(path) as archive:
-        return any(name.rsplit("/", 1)[-1] in PROGRAM_MEMBERS for name in archive.namelist())
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+
+
+def _called_by_pickle(path: Path) -> str | None:
+    """The first thing that a plain pickle, such as torch.save never wrote, would import; None if there is none."""
+    strings: list[str] = []
+    with path.open("rb") as file, contextlib.suppress(Exception):  # it ends, or is no pickle at all
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    return None
 
 
 def _is_plain(value: object) -> bool:
@@ -167,8 +195,16 @@ def save_weights(network: nn.Module, path: Path, /, **facts: Any) -> None:
     state = {
         name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()
     }
+    content = serialized({"model": state, **facts})
     with written_whole(path) as partial:
-        torch.save({"model": state, **facts}, partial)
+        partial.write_bytes(content)
+
+
+def serialized(content: Any) -> memoryview:
+    """What torch.save writes: where it writes to a disk itself, it does not say that the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def weights_digest(network: nn.Module) -> str:

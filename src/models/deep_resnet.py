@@ -86,8 +86,8 @@ class DeepResNet(Network):
         f2 = self.layer2(f1)
         f3 = self.layer3(f2)
         f4 = self.layer4(f3)
-        pooled = f4.mean((2, 3))
-        return Output(self.linear(pooled), (f0, f1, f2, f3, f4), pooled)
+        pooled = self.pool(f4)
+        return Output(self.linear(pooled), (f0, f1, f2, f3, f4), pooled, unpooled=f4)
 
 
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Sequential:

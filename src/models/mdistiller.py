@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from src.errors import UserError
-from src.files import written_whole
+from src.files import by_one_process, written_whole
 
 RELEASE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 ARCHITECTURES = ("wrn_40_2", "resnet56", "resnet110", "resnet32x4", "vgg13", "ResNet50")
@@ -32,8 +32,12 @@ def fetch(architecture: str, folder: Path, url: str = RELEASE) -> Path:
     if architecture not in ARCHITECTURES:
         raise UserError(f"mdistiller has released no teacher {architecture}, only {', '.join(ARCHITECTURES)}.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        with (
+            by_one_process(folder / "cifar_teachers.tar"),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch,
+        ):
+            if checkpoint.is_file():
+                return checkpoint
             archive = Path(scratch) / "cifar_teachers.tar"
             torch.hub.download_url_to_file(url, str(archive))
             _extract(archive, folder, architecture, url)

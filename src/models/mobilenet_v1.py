@@ -47,8 +47,8 @@ class MobileNetV1(Network):
             x = block(x)
             if index in STAGE_ENDS:
                 features.append(x)
-        pooled = x.mean((2, 3))
-        return Output(self.fc(pooled), tuple(features), pooled)
+        pooled = self.pool(x)
+        return Output(self.fc(pooled), tuple(features), pooled, unpooled=x)
 
 
 def _separable(in_channels: int, channels: int, stride: int) -> nn.Sequential:

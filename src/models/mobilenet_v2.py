@@ -74,8 +74,10 @@ class InvertedResidualNetwork(Network):
         for stage in self.blocks:
             x = stage(x)
             stages.append(x)
-        pooled = self.conv2(x).mean((2, 3))
-        return Output(self.classifier(pooled), (stem, stages[1], stages[2], stages[4], stages[6]), pooled)
+        last = self.conv2(x)
+        pooled = self.pool(last)
+        features = (stem, stages[1], stages[2], stages[4], stages[6])
+        return Output(self.classifier(pooled), features, pooled, unpooled=last)
 
 
 def MobileNetV2(num_classes: int = 100) -> InvertedResidualNetwork:  # noqa: N802 (as published)

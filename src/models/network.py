@@ -15,6 +15,10 @@ class Output(NamedTuple):
     """The stem's output and each stage's, each [B, channels, height, width]."""
     pooled: Tensor
     """[B, D], the input of the classifier."""
+    preactivations: tuple[Tensor, ...] = ()
+    """The features before their ReLU; empty unless asked for, by `preactivations.forward_features`."""
+    unpooled: Tensor | None = None
+    """[B, D, height, width], the map that `Network.pool` makes `pooled` of; None where no map has that width."""
 
 
 class Network(nn.Module):
@@ -26,6 +30,11 @@ class Network(nn.Module):
     def forward_features(self, images: Tensor) -> Output:
         """Logits, stage features and pooled features of a batch, from one pass."""
         raise NotImplementedError
+
+    @staticmethod
+    def pool(unpooled: Tensor) -> Tensor:
+        """From the last map [B, D, height, width] to the classifier's input [B, D]: the mean over all pixels."""
+        return unpooled.mean((2, 3))
 
     @property
     def classifier_layer(self) -> nn.Linear:

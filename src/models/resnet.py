@@ -86,8 +86,8 @@ class CifarResNet(Network):
         f1 = self.layer1(f0)
         f2 = self.layer2(f1)
         f3 = self.layer3(f2)
-        pooled = f3.mean((2, 3))
-        return Output(self.classifier_layer(pooled), (f0, f1, f2, f3), pooled)
+        pooled = self.pool(f3)
+        return Output(self.classifier_layer(pooled), (f0, f1, f2, f3), pooled, unpooled=f3)
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int, option_a: bool) -> nn.Sequential:

@@ -88,8 +88,9 @@ class ShuffleNetV2(Network):
         f1 = self.layer1(f0)
         f2 = self.layer2(f1)
         f3 = self.layer3(f2)
-        pooled = F.relu(self.bn2(self.conv2(f3))).mean((2, 3))
-        return Output(self.linear(pooled), (f0, f1, f2, f3), pooled)
+        last = F.relu(self.bn2(self.conv2(f3)))
+        pooled = self.pool(last)
+        return Output(self.linear(pooled), (f0, f1, f2, f3), pooled, unpooled=last)
 
 
 def _stage(in_channels: int, channels: int, split_units: int) -> nn.Sequential:

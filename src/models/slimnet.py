@@ -29,6 +29,11 @@ class SlimNet(Network):
         )
         self.classifier = nn.Linear(widths[-1], num_classes)
 
+    @staticmethod
+    def pool(unpooled: Tensor) -> Tensor:
+        """The largest over all pixels."""
+        return unpooled.amax((2, 3))
+
     @property
     def classifier_layer(self) -> nn.Linear:
         """`classifier`."""
@@ -43,8 +48,8 @@ class SlimNet(Network):
                 features.append(x)
             if i in STAGES[:-1]:
                 x = F.max_pool2d(x, 2)
-        pooled = x.amax((2, 3))
-        return Output(self.classifier(pooled), tuple(features), pooled)
+        pooled = self.pool(x)
+        return Output(self.classifier(pooled), tuple(features), pooled, unpooled=x)
 
 
 def slimnet_600k(num_classes: int = 100) -> SlimNet:

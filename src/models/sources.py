@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from src.data.imagenet import WNIDS
 from src.errors import UserError
+from src.files import by_one_process
 from src.models.network import Network
 from src.models.timm_networks import TimmNetwork, import_timm
 from src.models.torchvision_networks import TorchvisionNetwork
@@ -67,7 +69,8 @@ def _torchvision(source: str, name: str, num_classes: int | None, download: bool
     network = TorchvisionNetwork(torchvision.models.get_model(name, **options))
     if download:
         try:
-            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+            with by_one_process(Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name):
+                state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
             network.load_state_dict(_fitted(network, state, own))
         except Exception as error:  # no connection, another hash, a damaged file in the cache
             place = f"put {weights.url} into {torch.hub.get_dir()}/checkpoints"

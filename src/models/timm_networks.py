@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from src.errors import UserError
 from src.models.network import Output
-from src.models.torchvision_networks import LibraryNetwork
+from src.models.torchvision_networks import LibraryNetwork, last_map
 
 
 class TimmNetwork(LibraryNetwork):
@@ -30,7 +30,7 @@ class TimmNetwork(LibraryNetwork):
         final, features = model.forward_intermediates(images, indices=self.indices)
         with self.classifier_layer.register_forward_pre_hook(lambda _, x: pooled.append(x[0])):
             logits = model.forward_head(final)
-        return Output(logits, tuple(features), pooled[0])
+        return Output(logits, tuple(features), pooled[0], unpooled=last_map([final], pooled[0]))
 
 
 def import_timm() -> Any:

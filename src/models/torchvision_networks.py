@@ -1,6 +1,6 @@
 """Networks of libraries, and torchvision's classifiers as such: their own code, their own names in the state dict."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -69,7 +69,13 @@ class TorchvisionNetwork(LibraryNetwork):
                 hooks.enter_context(block.register_forward_hook(recorder))
             hooks.enter_context(self.classifier_layer.register_forward_pre_hook(lambda _, x: pooled.append(x[0])))
             logits = self.model(images)
-        return Output(logits, tuple(recorder.features.values()), pooled[0])
+        features = tuple(recorder.features.values())
+        return Output(logits, features, pooled[0], unpooled=last_map(features, pooled[0]))
+
+
+def last_map(maps: Sequence[Tensor], pooled: Tensor) -> Tensor | None:
+    """The last where it has the classifier's width; whether `pool` is all that happens to it, who needs it checks."""
+    return maps[-1] if maps and maps[-1].ndim == 4 and maps[-1].shape[1] == pooled.shape[1] else None
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -47,8 +47,8 @@ class VGG(Network):
         f2 = F.relu(self.block2(F.max_pool2d(f1, 2)))
         f3 = F.relu(self.block3(F.max_pool2d(f2, 2)))
         f4 = F.relu(self.block4(F.max_pool2d(f3, 2) if images.shape[2] >= 64 else f3))
-        pooled = f4.mean((2, 3))
-        return Output(self.classifier(pooled), (f0, f1, f2, f3, f4), pooled)
+        pooled = self.pool(f4)
+        return Output(self.classifier(pooled), (f0, f1, f2, f3, f4), pooled, unpooled=f4)
 
 
 def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:

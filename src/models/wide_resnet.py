@@ -77,8 +77,9 @@ class WideResNet(Network):
         f1 = self.block1(f0)
         f2 = self.block2(f1)
         f3 = self.block3(f2)
-        pooled = F.relu(self.bn1(f3)).mean((2, 3))
-        return Output(self.fc(pooled), (f0, f1, f2, f3), pooled)
+        last = F.relu(self.bn1(f3))
+        pooled = self.pool(last)
+        return Output(self.fc(pooled), (f0, f1, f2, f3), pooled, unpooled=last)
 
 
 def wrn_16_1(num_classes: int = 100) -> WideResNet:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.data import arrays as module
+from src import files
 from src.data.arrays import load_arrays, save_arrays
 from src.errors import UserError
 from tests.data.conftest import arrays
@@ -149,7 +149,7 @@ def test_damage_is_told_and_never_passed_on(
 
 def test_absurd_claims_are_refused_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_arrays(tmp_path / "a.npz", **arrays())
-    monkeypatch.setattr(module, "LARGEST", 10_000)
+    monkeypatch.setattr(files, "LARGEST", 10_000)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(UserError, match="claims"):
         load_arrays(tmp_path / "a.npz")

@@ -163,6 +163,8 @@ def test_splits_are_stratified_exactly_and_disjoint(make_data: Make) -> None:
     assert labels[data.train_index].bincount().tolist() == [10, 10, 10]
     assert not set(data.val_index.tolist()) & set(data.train_index.tolist())
     assert torch.equal(joined(batches(data.train_dataloader())).sort().values, data.train_index)
+    takes_part = torch.zeros(len(labels), dtype=torch.bool).index_fill(0, data.train_index, True)
+    assert torch.equal(data.trained_labels, labels.where(takes_part, -1))
 
 
 @pytest.mark.parametrize(("val_size", "counts"), [(3, {1}), (4, {1, 2}), (10, {3, 4}), (59, {19, 20})])
@@ -227,7 +229,7 @@ def test_augmentation_makes_the_views_asked_for(make_data: Make) -> None:
     data.views = 2
     batch = batches(data.train_dataloader())[0]
     augmented = data.augment(batch, 7)
-    assert data.view_count == 5 * 5 * 2
+    assert data.view_count(epochs=3) == 5 * 5 * 2
     assert len(augmented.images) == len(augmented.views) == 2
     for view, (images, numbers) in enumerate(zip(augmented.images, augmented.views, strict=True)):
         assert torch.equal(numbers, draw_views(batch.index, seed=0, epoch=7, padding=2, flip=True, view=view))

@@ -16,20 +16,27 @@ from torch import Tensor
 
 from src.methods.ctkd import CTKD, ctkd_loss, curriculum
 from src.methods.dist import DIST, correlation, inter_class_loss, intra_class_loss
-from src.methods.dkd import nckd_loss
 from src.methods.kd import kd_loss
 from src.methods.method import Method
+from src.methods.mlkd import MLKD, batch_loss, class_loss
 from src.methods.nkd import NKD, non_target_loss, soft_target_loss
 from src.methods.tfkd import TfKD, tfkd_loss
 from src.methods.ttm import TTM, transformed_divergence
 from src.methods.wsld import WSLD, soft_label_weight, wsld_loss
 from src.methods.wttm import WTTM, power_sum, wttm_loss
+from src.models.mobilenet_v2 import MobileNetV2
+from src.models.network import Network
+from src.models.resnet import resnet8, resnet14
+from src.models.shufflenet_v2 import ShuffleV2
+from src.models.vgg import vgg8
+from src.models.wide_resnet import wrn_16_1
 from tests.methods.test_losses import (
     EXTREMES,
     PRECISIONS,
     batch_of,
     divergence,
     log_softmax,
+    nckd_loss,
     random_case,
     three_logits,
 )  # fmt: skip
@@ -37,7 +44,9 @@ from tests.tiny import same, tiny_data, tiny_distiller, tiny_teacher, tiny_train
 
 Rows = list[list[float]]
 Statement = Callable[[Rows, Rows, Rows, list[int]], float]
+NewNetwork = Callable[..., Network]
 TEMPERATURE, EXPONENT, CORRECT = 3.0, 0.2, 0.99
+PAIRS = [(resnet14, resnet8), (wrn_16_1, ShuffleV2), (vgg8, MobileNetV2)]
 
 
 class Loss(NamedTuple):
@@ -133,6 +142,25 @@ def ctkd(us: Rows, _: Rows, vs: Rows, target: list[int], temperature: float = TE
     )
 
 
+def product(one: list[float], other: list[float]) -> float:
+    return math.fsum(a * b for a, b in zip(one, other, strict=True))
+
+
+def squared_gaps(p: Rows, q: Rows) -> float:
+    """Of the products of all pairs of rows."""
+    pairs = [(i, j) for i in range(len(p)) for j in range(len(p))]
+    return math.fsum((product(q[i], q[j]) - product(p[i], p[j])) ** 2 for i, j in pairs)
+
+
+def batch_level(us: Rows, _: Rows, vs: Rows, target: list[int]) -> float:
+    return squared_gaps(softmax_rows(us), softmax_rows(vs)) / len(us)
+
+
+def class_level(us: Rows, _: Rows, vs: Rows, target: list[int]) -> float:
+    p, q = ([list(column) for column in zip(*softmax_rows(rows), strict=True)] for rows in (us, vs))
+    return squared_gaps(p, q) / len(p)
+
+
 LOSSES: dict[str, Loss] = {
     "nkd soft target": Loss(soft_target_loss, soft_target),
     "nkd non-target": Loss(lambda u, v, t: non_target_loss(u, v, t, TEMPERATURE), non_target),
@@ -143,6 +171,8 @@ LOSSES: dict[str, Loss] = {
     "wsld": Loss(lambda u, v, t: wsld_loss(u, v, t, TEMPERATURE), wsld),
     "tfkd": Loss(lambda u, v, t: tfkd_loss(u, t, CORRECT, TEMPERATURE), tfkd),
     "ctkd": Loss(lambda u, v, t: ctkd_loss(u, v, torch.tensor(TEMPERATURE)), ctkd),
+    "mlkd batch": Loss(lambda u, v, t: batch_loss(u, v, TEMPERATURE), batch_level),
+    "mlkd class": Loss(lambda u, v, t: class_loss(u, v, TEMPERATURE), class_level),
 }
 CTKD_OPTIONS: dict[str, Any] = {
     "cross_entropy_weight": 0.1,
@@ -176,6 +206,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     ),
     "ctkd": ctkd_method,
     "ctkd instance": lambda: ctkd_method(instance=True),
+    "mlkd": lambda: MLKD(cross_entropy_weight=0.1, kd_weight=0.9, temperatures=(2.0, TEMPERATURE, 4.0)),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -480,6 +511,27 @@ def test_the_temperature_survives_a_checkpoint(instance: bool, tmp_path):
     assert same(weights(loaded.method), learned)
 
 
+# MLKD
+
+
+def test_each_level_sums_over_its_temperatures():
+    own, distilled, teacher, target = three_logits()
+    terms = METHODS["mlkd"]().terms(batch_of(own, distilled, teacher, target))
+    for name, loss in (("instance", kd_loss), ("batch", batch_loss), ("class", class_loss)):
+        wanted = sum(loss(distilled, teacher, temperature) for temperature in (2.0, TEMPERATURE, 4.0))
+        torch.testing.assert_close(terms[name], wanted)
+
+
+def test_levels_do_not_see_the_order_of_samples_and_classes():
+    student, teacher, _ = random_case(7, torch.float64)
+    shuffled = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    for loss in (batch_loss, class_loss):
+        wanted = loss(student, teacher, TEMPERATURE)
+        torch.testing.assert_close(loss(student[:, shuffled], teacher[:, shuffled], TEMPERATURE), wanted)
+        torch.testing.assert_close(loss(student.flip(0), teacher.flip(0), TEMPERATURE), wanted)
+        assert loss(teacher, teacher, TEMPERATURE) == 0
+
+
 # The methods
 
 
@@ -508,10 +560,12 @@ def test_terms_are_float32_scalars_whatever_the_network_runs_in(method: str, dty
 
 
 @every_method
-def test_two_steps_of_training(method: str, tmp_path):
+@pytest.mark.parametrize(("new_teacher", "new_student"), PAIRS, ids=lambda make: make.__name__)
+def test_two_steps_of_training(new_teacher: NewNetwork, new_student: NewNetwork, method: str, tmp_path):
     made = METHODS[method]()
     data = tiny_data(tmp_path)
-    distiller = tiny_distiller(data, made, teacher=tiny_teacher() if made.needs_teacher else None)
+    teacher = tiny_teacher(new_teacher) if made.needs_teacher else None
+    distiller = tiny_distiller(data, made, teacher=teacher, new_student=new_student)
     before = weights(distiller.student)
     trainer = tiny_trainer(1, limit_train_batches=2, limit_val_batches=0)
     trainer.fit(distiller, datamodule=data)

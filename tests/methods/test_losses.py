@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src.errors import UserError
-from src.methods.aekt import AEKT, Weighting, explicit_transfer_loss, explicit_weight
-from src.methods.dkd import DKD, nckd_loss, tckd_loss
+from src.methods import aekt, dkd
+from src.methods.aekt import AEKT, Weighting, explicit_weight
+from src.methods.decoupling import decouple
+from src.methods.dkd import DKD
 from src.methods.kd import KD, kd_loss
 from src.methods.method import Batch, Method, Prediction, View, warm_up
 from src.methods.vanilla import Vanilla
@@ -35,6 +37,17 @@ def kd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> 
     return kd_loss(student, teacher, temperature)
 
 
+def of_logits(loss: Callable[..., Tensor]) -> Loss:
+    """A loss of decoupled logits, from the logits on."""
+
+    def from_logits(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, *args: Any, **options: Any):
+        return loss(decouple(student, teacher, target, temperature), temperature, *args, **options)
+
+    return from_logits
+
+
+tckd_loss, nckd_loss = of_logits(dkd.tckd_loss), of_logits(dkd.nckd_loss)
+explicit_transfer_loss = of_logits(aekt.explicit_transfer_loss)
 LOSSES: dict[str, Loss] = {"kd": kd, "tckd": tckd_loss, "nckd": nckd_loss} | {
     f"{weighting}{'' if term else ' log-odds'}": partial(
         explicit_transfer_loss, weighting=weighting, max_weight=MAX_WEIGHT, confidence_term=term

@@ -72,7 +72,9 @@ def members(prefix: str = "cifar_teachers/", names: tuple[str, ...] = ARCHITECTU
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    )
 
 
 EXTRACTED = sorted([f"{name}_vanilla/ckpt_epoch_240.pth" for name in ARCHITECTURES] + ["cifar_teachers.sha256"])

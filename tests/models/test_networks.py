@@ -164,6 +164,9 @@ def test_one_step_ticks_each_batch_norm_once_and_reaches_each_parameter(row: Row
 
     output = network.forward_features(images)
     assert set(counters(network)) == {2}
+    assert output.unpooled is not None
+    assert output.unpooled.shape[:2] == output.pooled.shape
+    assert torch.equal(network.pool(output.unpooled), output.pooled)
     F.cross_entropy(output.logits, torch.tensor([0, 1])).backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
@@ -273,7 +276,8 @@ def test_pre_activation_block_normalises_before_both_convolutions():
 def test_features_are_those_of_each_family(row: Row):
     network = randomised(row.make())
     images = torch.randn(2, 3, 32, 32)
-    _, features, pooled = network.forward_features(images)
+    output = network.forward_features(images)
+    features, pooled = output.features, output.pooled
     first, last = features[0], features[-1]
     is_activated = [bool(feature.min() >= 0) for feature in features]
     expected = last.mean((2, 3))

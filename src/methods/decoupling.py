@@ -1,0 +1,90 @@
+"""What is left of a softmax without its target class, which DKD and the methods after it are made of.
+
+Notation: logits u [B, C], target class t [B], temperature T, p = softmax(u / T), and among the other classes p'_i =
+p_i / (1 - p_t), so that p' = softmax(u_i / T, i != t).
+
+Everything that a loss knows of the target class is its log-odds l = log(p_t / (1 - p_t)) = u_t / T - logsumexp_{i !=
+t}(u_i / T): log p_t = logsigmoid(l) and log(1 - p_t) = logsigmoid(-l), exact where p_t rounds to 0 or 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from src.methods.features import exact_products
+from src.methods.method import at_least_float32
+
+
+class Decoupled(NamedTuple):
+    """The logits of student (p) and teacher (q) as what they say of the target and of the others."""
+
+    student: Tensor
+    """[B], log(p_t / (1 - p_t))."""
+    teacher: Tensor
+    """[B], log(q_t / (1 - q_t)); a constant."""
+    divergence: Tensor
+    """[B], KL(q', p') among the others; exactly 0 for two classes."""
+
+
+def decouple(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Decoupled:
+    """One pass over the logits [B, C] of both networks; gradients reach the student's alone."""
+    with exact_products(student_logits):
+        return Decoupled(*_Decoupling.apply(student_logits, teacher_logits, target[:, None], temperature))
+
+
+class _Decoupling(torch.autograd.Function):
+    """Written by hand for its gradient: autograd would keep a dozen arrays of [B, C], this keeps p' and q'.
+
+    Of l: 1 / T at u_t and -p'_i / T at u_i. Of KL(q', p'): 0 at u_t and (p'_i - q'_i) / T at u_i.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Any:
+        log_odds, log_p = _apart(student_logits, target, temperature)
+        teacher_log_odds, log_q = _apart(teacher_logits, target, temperature)
+        q = log_q.exp().scatter_(1, target, 0.0)
+        divergence = torch.linalg.vecdot(q, log_q.sub_(log_p))
+        ctx.save_for_backward(log_p.exp_().scatter_(1, target, 0.0), q, target)
+        ctx.temperature, ctx.dtype = temperature, student_logits.dtype
+        ctx.mark_non_differentiable(teacher_log_odds)
+        return log_odds, teacher_log_odds, divergence
+
+    @staticmethod
+    def backward(ctx: Any, of_log_odds: Tensor, _: Tensor, of_divergence: Tensor) -> Any:
+        p, q, target = ctx.saved_tensors
+        of_log_odds, of_divergence = (of[:, None] / ctx.temperature for of in (of_log_odds, of_divergence))
+        gradient = (p * (of_divergence - of_log_odds)).addcmul_(q, of_divergence, value=-1)
+        return gradient.scatter_(1, target, of_log_odds).to(ctx.dtype), None, None, None
+
+
+def _apart(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The log-odds [B], and log p' [B, C] with 0 in the target's place."""
+    logits = at_least_float32(logits)
+    others = logits.scatter(1, target, -torch.inf)
+    peak = others.amax(dim=1, keepdim=True)  # taken off first, so that the division rounds gaps
+    others.sub_(peak).div_(temperature)
+    rest = torch.logsumexp(others, dim=1, keepdim=True)
+    log_odds = (logits.gather(1, target) - peak) / temperature - rest
+    return log_odds.squeeze(1), others.sub_(rest).scatter_(1, target, 0.0)
+
+
+def non_target_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """The C - 1 logits of each row without its target's: [B, C] and [B] to [B, C - 1].
+
+    The others are gathered. Pushing the target's logit to -1000 instead, as is customary, is wrong once logits are as
+    large; pushing it to -inf makes the divergence NaN.
+    """
+    others = torch.arange(logits.shape[1] - 1, device=logits.device).expand(len(logits), -1)
+    return logits.gather(1, others + (others >= target[:, None]))
+
+
+def target_log_odds(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """l = log(p_t / (1 - p_t)) of each row, [B]. Gradient at u_t: 1 / T, at u_i: -p'_i / T."""
+    logits = at_least_float32(logits)
+    others = non_target_logits(logits, target)
+    peak = others.amax(dim=1, keepdim=True).detach()
+    gap = (logits.gather(1, target[:, None]) - peak).squeeze(1)
+    return gap / temperature - torch.logsumexp((others - peak) / temperature, dim=1)

@@ -1,0 +1,100 @@
+"""DOT against its equations, written out by hand; with delta 0 it is torch's SGD."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.dot import DOT
+from src.errors import UserError
+from src.methods.fitnet import FitNet
+from src.methods.kd import KD
+from src.methods.method import Batch, Method
+from src.methods.vanilla import Vanilla
+from src.serialization import Serial
+from tests.tiny import same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+
+RATE, MOMENTUM, DELTA, DECAY = 0.1, 0.9, 0.075, 0.01
+
+
+def kd() -> KD:
+    return KD(cross_entropy_weight=0.1, kd_weight=0.9, temperature=4.0)
+
+
+def no_reduction(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def test_updates_are_those_of_the_equations():
+    """w is reached by both losses, a by distillation alone; written out for three steps of scalars."""
+    both, adapter = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (1.0, 2.0))
+    optimizer = DOT([both, adapter], RATE, momentum=MOMENTUM, delta=DELTA, weight_decay=DECAY)
+    w, a, v_task, v_kd, v = 1.0, 2.0, 0.0, 0.0, 0.0
+    for _ in range(3):
+        task, distillation = both.square(), (both * adapter - 3).square()
+        optimizer.zero_grad()
+        optimizer.keep_task_gradients({"cross_entropy": task, "kd": distillation}, no_reduction)
+        (task + distillation).backward()
+        optimizer.step()
+        g_task, g_kd, g_adapter = 2 * w, 2 * (w * a - 3) * a, 2 * (w * a - 3) * w
+        v_task = (MOMENTUM - DELTA) * v_task + g_task + DECAY * w
+        v_kd = (MOMENTUM + DELTA) * v_kd + g_kd
+        v = MOMENTUM * v + g_adapter + DECAY * a
+        w, a = w - RATE * (v_task + v_kd), a - RATE * v
+        assert both.item() == pytest.approx(w, rel=1e-12)
+        assert adapter.item() == pytest.approx(a, rel=1e-12)
+
+
+def trained(tmp_path, method: Method, optimizer, **options) -> dict[str, Tensor]:
+    data = tiny_data(tmp_path)
+    distiller = tiny_distiller(data, method, teacher=tiny_teacher(), optimizer=optimizer, **options)
+    tiny_trainer(2, limit_val_batches=0).fit(distiller, datamodule=data)
+    return weights(distiller)
+
+
+def without_delta(*args, **options) -> DOT:
+    return DOT(*args, delta=0.0, **options)
+
+
+@pytest.mark.parametrize(
+    "new_method", [kd, lambda: FitNet(cross_entropy_weight=1.0, hint_weight=10.0, hint_layer=1)], ids=["kd", "fitnet"]
+)
+def test_without_delta_it_is_sgd(new_method, tmp_path):
+    sgd = trained(tmp_path, new_method(), torch.optim.SGD, serialization=Serial(0.1) if new_method is kd else None)
+    dot = trained(tmp_path, new_method(), without_delta, serialization=Serial(0.1) if new_method is kd else None)
+    for name, value in sgd.items():
+        torch.testing.assert_close(dot[name], value, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_delta_counts_where_there_is_distillation(tmp_path):
+    assert not same(trained(tmp_path, kd(), DOT), trained(tmp_path, kd(), without_delta))
+    assert same(trained(tmp_path, Vanilla(), DOT), trained(tmp_path, Vanilla(), without_delta))
+
+
+class WithoutCrossEntropy(KD):
+    """A method whose loss is distillation alone."""
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        return {"kd": super().terms(batch)["kd"]}
+
+
+def test_a_method_without_cross_entropy_is_refused(tmp_path):
+    method = WithoutCrossEntropy(cross_entropy_weight=0.0, kd_weight=0.9, temperature=4.0)
+    with pytest.raises(UserError, match=r"optimizer=dot parts cross-entropy's gradient .* this method's loss is kd:"):
+        trained(tmp_path, method, DOT)
+
+
+@pytest.mark.parametrize("options", [{"delta": 0.2}, {"delta": -0.1}, {"momentum": 0.05}])
+def test_momenta_outside_their_range(options: dict[str, float]):
+    with pytest.raises(ValueError, match=r"leaves \[0, 1\)"):
+        DOT([nn.Parameter(torch.zeros(1))], RATE, **options)
+
+
+def test_momenta_survive_a_checkpoint(tmp_path):
+    """Two epochs, or one, a checkpoint and another one: bit for bit the same."""
+    data, file = tiny_data(tmp_path), tmp_path / "half.ckpt"
+    for resumed in (None, file):
+        distiller = tiny_distiller(data, kd(), teacher=tiny_teacher(), optimizer=DOT)
+        trainer = tiny_trainer(2 if resumed else 1, limit_val_batches=0)
+        trainer.fit(distiller, datamodule=data, ckpt_path=resumed)
+        trainer.save_checkpoint(file)
+    assert same(weights(distiller), trained(tmp_path, kd(), DOT))

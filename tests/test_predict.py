@@ -1,0 +1,243 @@
+"""The command that serves: what it needs, what it says, and what it refuses."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from src.data import photos
+from src.export import Classifier, Form, write
+from src.models.resnet import resnet8
+from tests.commands import SOURCE
+from tests.data.photo_folders import encoded, files, picture
+
+pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+from src import predict  # noqa: E402  (needs onnxruntime)
+
+NAMES = ["ant", "bee", "c\x1b[31mat", "dog"]
+FACTS: dict[str, Any] = {"class_names": NAMES, "image_size": [16, 16], "resize": [20, 20], "normalisation": "inside"}
+
+
+def small_student() -> Classifier:
+    torch.manual_seed(0)
+    network = resnet8(4)
+    network.train()(torch.randn(16, 3, 16, 16))
+    return Classifier(network, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("student") / "student.onnx"
+    write(small_student(), file, Form("onnx", "float32"), torch.zeros(1, 3, 16, 16, dtype=torch.uint8), FACTS)
+    return file
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    file = tmp_path / "image.png"
+    picture(1, 40, 30).save(file)
+    return file
+
+
+def test_it_imports_nothing_but_the_runtime() -> None:
+    tree = ast.parse((SOURCE / "predict.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    others = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert others == {"numpy", "onnxruntime", "PIL"}
+
+
+def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Path) -> None:
+    """As a file by itself, in a process in which this project's other packages cannot be imported."""
+    blocked = "torch", "torchvision", "lightning", "hydra", "omegaconf", "onnx", "src"
+    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked})); runpy.run_path({str(SOURCE / 'predict.py')!r}, run_name='__main__')"  # noqa: E501
+    ran = subprocess.run(
+        [sys.executable, "-c", code, student, image, "--top", "2"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    pixels = torch.from_numpy(np.asarray(photos.centre(photos.Photo(image.read_bytes(), "image"), 20, 16)).copy())
+    with torch.no_grad():
+        expected = small_student()(pixels.permute(2, 0, 1)[None]).softmax(dim=1)[0]
+    shown = [predict.printable(NAMES[k]) for k in expected.argsort(descending=True)[:2]]
+    first, *lines = ran.stdout.splitlines()
+    assert first == str(image)
+    assert [line.split("%  ")[1] for line in lines] == shown
+    assert [float(line.split("%")[0]) for line in lines] == pytest.approx(
+        [round(100 * float(value), 2) for value in expected.sort(descending=True).values[:2]], abs=0.011
+    )
+
+
+@pytest.mark.parametrize("name", sorted(files(0)))
+def test_pictures_are_read_as_in_evaluation(name: str, tmp_path: Path) -> None:
+    file = tmp_path / Path(name).name
+    file.write_bytes(files(0)[name])
+    ours = predict.centre(predict.read(file), (20, 20), (16, 16))
+    theirs = photos.centre(photos.Photo(file.read_bytes(), name), 20, 16)
+    if name == "d.Jpg":  # evaluation decodes large JPEGs at a reduced size
+        assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).mean() < 4
+    else:
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 24), st.integers(0, 8))
+def test_the_centre_is_that_of_evaluation(width: int, height: int, size: int, margin: int) -> None:
+    image = picture(width, width, height)
+    ours = predict.centre(image, (size + margin, size + margin), (size, size))
+    theirs = photos.centre(photos.Photo(encoded(image, "PNG"), "image"), size + margin, size)
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 24), st.integers(1, 24))
+def test_the_centre_has_the_size_that_is_asked_for(width: int, height: int, rows: int, columns: int) -> None:
+    cut = predict.centre(Image.new("RGB", (width, height), (9, 9, 9)), (rows, columns), (rows, columns))
+    assert cut.size == (columns, rows)
+    assert (np.asarray(cut) == 9).all()  # no black border
+
+
+def test_an_image_of_the_networks_size_stays_as_it_is() -> None:
+    image = picture(3, 32, 32)
+    assert np.array_equal(np.asarray(predict.centre(image, (32, 32), (32, 32))), np.asarray(image))
+
+
+# What is refused
+
+
+def test_a_bad_picture_is_one_sentence_and_the_others_are_told(
+    student: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = image.read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "noise.png").write_bytes(b"noise")
+    (tmp_path / "narrow.png").write_bytes(encoded(Image.new("RGB", (900, 2)), "PNG"))
+    (tmp_path / "bomb.png").write_bytes(encoded(Image.new("1", (20_000, 10_000)), "PNG"))
+    bad = [tmp_path / name for name in ("cut.png", "noise.png", "narrow.png", "bomb.png", "missing.png", "")]
+    assert predict.main([str(student), *map(str, bad), str(image)]) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == len(bad)
+    for file, line in zip(bad, lines, strict=True):
+        assert line.startswith(f"error: {file} cannot be read as a picture (")
+    assert out.splitlines()[0] == str(image)
+    assert len(out.splitlines()) == 5
+    assert "\x1b" not in out
+
+
+def refused(student: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert predict.main([str(student), str(image)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    [
+        {"class_names": None},
+        {"class_names": "[half"},
+        {"class_names": '{"a": 1}'},
+        {"class_names": '["one"]'},
+        {"class_names": "[1, 2, 3, 4]"},
+        {"class_names": "[" * 100_000},
+        {"image_size": "[16]"},
+        {"image_size": "[32, 32]", "resize": "[32, 32]"},
+        {"image_size": "[-16, 16]"},
+        {"image_size": "16"},
+        {"image_size": "[true, 16]"},
+        {"resize": "[1000000, 1000000]"},
+        {"resize": "[8, 8]"},
+        {"normalisation": '"outside"'},
+    ],
+    ids=str,
+)
+def test_garbled_metadata(
+    garbled: dict[str, str | None], student: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(student)
+    told = {**{key: json.dumps(value) for key, value in FACTS.items()}, **garbled}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {key: value for key, value in told.items() if value is not None})
+    onnx.save(model, tmp_path / "garbled.onnx")
+    line = refused(tmp_path / "garbled.onnx", image, capsys)
+    assert "does not say how pictures are fed to it" in line
+    assert "export it by python -m src.export" in line
+    assert len(line) < 1000
+
+
+def graph_file(file: Path, *, domain: str = "", operator: str = "Add", location: str | None = None) -> Path:
+    """One operator on an input and a constant, which may lie in another file."""
+    constant = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [4], [0.0] * 4)
+    if location is not None:
+        constant.ClearField("float_data")
+        constant.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+            constant.external_data.add(key=key, value=value)
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4]) for name in "xy")
+    node = onnx.helper.make_node(operator, ["x", "w"], ["y"], domain=domain)
+    graph = onnx.helper.make_graph([node], "graph", [x], [y], [constant])
+    imports = [onnx.helper.make_opsetid(name, 18 if not name else 1) for name in {"", domain}]
+    file.write_bytes(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString())
+    return file
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "{tmp}/secret.bin", "link.bin", "below/../../secret.bin"])
+def test_weights_outside_the_files_folder_are_not_read(
+    location: str, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    folder = tmp_path / "model"
+    (folder / "below").mkdir(parents=True)
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "inside.bin").write_bytes(bytes(16))
+    # what is loaded from inside its folder gets as far as its metadata: the refusal is that of the path
+    beside = graph_file(folder / "beside.onnx", location="inside.bin")
+    assert "does not say how pictures are fed to it" in refused(beside, image, capsys)
+    file = graph_file(folder / "hostile.onnx", location=location.format(tmp=tmp_path))
+    line = refused(file, image, capsys)
+    assert "cannot be loaded by onnxruntime" in line
+    assert "xternal data" in line
+
+
+def test_operators_of_other_libraries_are_not_run(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = graph_file(tmp_path / "custom.onnx", domain="hostile", operator="Run")
+    assert "cannot be loaded by onnxruntime" in refused(file, image, capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"noise" * 100, None])
+def test_a_file_that_is_no_network(
+    content: bytes | None, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "student.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    line = refused(file, image, capsys)
+    assert line.startswith(f"error: {file} " + ("is no file" if content is None else ""))
+
+
+def test_a_network_that_answers_nan(
+    student: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(student)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.nan), tensor.name))
+    onnx.save(model, tmp_path / "nan.onnx")
+    assert "does not answer by a finite number for each class" in refused(tmp_path / "nan.onnx", image, capsys)

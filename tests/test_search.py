@@ -1,0 +1,63 @@
+"""Searches for a method's constants: by Optuna, and what W&B's agent would run for conf/sweep.yaml."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize
+from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+from tests.commands import Ran, run
+
+ROOT = Path(__file__).parents[1]
+
+
+def search(place: Path, data: Path, *arguments: str) -> Ran:
+    return run(
+        "train", "-m", "experiment=search", "data=cifar10", f"data.path={data}", "network@model.teacher=resnet8",
+        "network@model.student=resnet8", "trainer=debug", "logger=none", f"runs={place}", f"teacher.store={place}",
+        *arguments,
+    )  # fmt: skip
+
+
+def test_a_search_chooses_by_held_out_images(tmp_path: Path, array_file: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ran = search(tmp_path, array_file, "data.val_size=40", "hydra.sweeper.n_trials=2")
+    assert ran.code == 0, ran.err
+    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert set(found.best_params) == {"method.gamma", "method.beta", "method.temperature"}
+    assert 0 <= found.best_value <= 1
+    assert len(list(tmp_path.glob("*/*/aekt/*/result.json"))) == 2
+
+
+def test_a_search_on_test_images_is_refused(tmp_path: Path, array_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ran = search(tmp_path, array_file, "data.val_size=0", "hydra.sweeper.n_trials=2")
+    assert ran.code == 1
+    assert "would choose by test images: hold some out, data.val_size=N" in ran.err
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    ran = run("train", "data=cifar10", f"data.path={array_file}", f"runs={tmp_path}", "method=vanilla", "logger=none")
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert "would choose by test images" in ran.err
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_what_an_agent_runs_for_the_sweep_is_a_configuration() -> None:
+    sweep = load_sweep_config(str(ROOT / "conf" / "sweep.yaml"))
+    assert sweep is not None
+    chosen = {
+        name: {"value": space.get("value", space.get("min", (space.get("values") or [None])[0]))}
+        for name, space in sweep["parameters"].items()
+    }
+    assert not any(value["value"] is None for value in chosen.values())  # W&B would write None, and Hydra wants null
+    command = create_sweep_command(list(sweep["command"]))
+    assert command[:4] == ["${env}", "${interpreter}", "-m", "src.train"]
+    arguments = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    with initialize(version_base="1.3", config_path="../conf"):
+        cfg = compose("train", overrides=[*command[4:-1], *arguments])
+    assert command[-1] == "${args_no_hyphens}"
+    assert (cfg.method.name, cfg.method.gamma, cfg.method.temperature) == ("aekt", 0.05, 1.0)
+    assert cfg.data.val_size == 5000
+    assert cfg.teacher.train_if_missing is False
+    split, _, score = sweep["metric"]["name"].partition("/")
+    assert (split, score, sweep["metric"]["goal"]) == ("val", "accuracy", "maximize")
