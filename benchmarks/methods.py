@@ -21,6 +21,7 @@ from rich.progress import track
 
 from src.assemble import make_data, make_distiller, make_parts
 from src.data.arrays import save_arrays
+from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
 from src.loading import make_network
@@ -30,6 +31,8 @@ from src.train import count
 
 CONF = Path(__file__).parents[1] / "conf"
 CLASSES = 100
+TRAIN_SIZE = 50_000
+"""CIFAR-100's: a memory bank has as many rows."""
 
 
 def configured(method: str, model: str, file: Path, batch_size: int) -> DictConfig:
@@ -47,9 +50,8 @@ def configured(method: str, model: str, file: Path, batch_size: int) -> DictConf
         )
 
 
-def distiller_of(cfg: DictConfig) -> tuple[Distiller, Any]:
+def distiller_of(cfg: DictConfig, data: ImageData) -> tuple[Distiller, Any]:
     """Networks with fresh weights, and a batch."""
-    data = make_data(cfg)
     parts = make_parts(cfg, data)
     teacher = None
     if needs_teacher(cfg):
@@ -81,17 +83,20 @@ def rows(methods: list[str], model: str, batch_size: int, rounds: int) -> Iterat
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "random.npz"
         random = np.random.default_rng(0)
-        labels = np.arange(max(batch_size, CLASSES)) % CLASSES
-        images = random.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
-        save_arrays(file, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-        kd = step_of(*distiller_of(configured("kd", model, file, batch_size)))
+        labels = np.arange(TRAIN_SIZE) % CLASSES
+        images = random.integers(0, 256, (TRAIN_SIZE, 32, 32, 3), dtype=np.uint8)
+        test = {"test_images": images[:CLASSES], "test_labels": labels[:CLASSES]}
+        save_arrays(file, train_images=images, train_labels=labels, **test)
+        kd_cfg = configured("kd", model, file, batch_size)
+        data = make_data(kd_cfg)
+        kd = step_of(*distiller_of(kd_cfg, data))
         kd()
         for method in track(methods, transient=True):
             cfg = configured(method, model, file, batch_size)
             node = cfg.method
             facts = [method, str(node.year or "-"), node.uses]
             try:
-                distiller, batch = distiller_of(cfg)
+                distiller, batch = distiller_of(cfg, data)
             except UserError as error:
                 yield [*facts, "-", f"refused: {error}", node.settings]
                 continue
@@ -107,7 +112,7 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("methods", nargs="*", default=sorted(file.stem for file in (CONF / "method").glob("*.yaml")))
-    parser.add_argument("--model", default="resnet32x4_to_resnet8x4", help="a pair of conf/model")
+    parser.add_argument("--model", default="resnet20_to_resnet8", help="a pair of conf/model")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each, in turn with steps of KD")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
