@@ -85,7 +85,7 @@ def rows(methods: list[str], model: str, batch_size: int, rounds: int) -> Iterat
         random = np.random.default_rng(0)
         labels = np.arange(TRAIN_SIZE) % CLASSES
         images = random.integers(0, 256, (TRAIN_SIZE, 32, 32, 3), dtype=np.uint8)
-        test = {"test_images": images[:CLASSES], "test_labels": labels[:CLASSES]}
+        test: dict[str, np.ndarray] = {"test_images": images[:CLASSES], "test_labels": labels[:CLASSES]}
         save_arrays(file, train_images=images, train_labels=labels, **test)
         kd_cfg = configured("kd", model, file, batch_size)
         data = make_data(kd_cfg)
