@@ -46,3 +46,13 @@ def run(command: str, *arguments: object) -> Ran:
             code = 1
             traceback.print_exc(file=err)
     return Ran(code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(ran: Ran, *phrases: str) -> None:
+    """One line that says what is wrong, exit code 1, and nothing was trained."""
+    assert ran.code == 1
+    assert len(ran.err.splitlines()) == 1, ran.err
+    assert ran.err.startswith("error: ")
+    for phrase in phrases:
+        assert phrase in ran.err
+    assert "epoch 1/" not in ran.out

@@ -22,7 +22,7 @@ from src.data import cifar
 from src.data.arrays import save_arrays
 from src.models.checkpoints import read_state_dict, save_weights, weights_digest
 from src.models.resnet import resnet8, resnet14, resnet20
-from tests.commands import Ran, run
+from tests.commands import Ran, assert_refused, run
 from tests.conftest import colour_arrays
 
 ROOT = Path(__file__).parents[1]
@@ -87,16 +87,6 @@ def place(tmp_path: Path, array_file: Path) -> Place:
 
 def result_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
-
-
-def assert_refused(ran: Ran, *phrases: str) -> None:
-    """One line that says what is wrong, exit code 1, and nothing was trained."""
-    assert ran.code == 1
-    assert len(ran.err.splitlines()) == 1, ran.err
-    assert ran.err.startswith("error: ")
-    for phrase in phrases:
-        assert phrase in ran.err
-    assert "epoch 1/" not in ran.out
 
 
 # Training

@@ -31,7 +31,7 @@ from src.methods.vanilla import Vanilla
 from src.models.checkpoints import read_state_dict
 from src.models.network import Network
 from src.models.resnet import resnet8
-from tests.commands import Ran, run
+from tests.commands import Ran, assert_refused, run
 from tests.test_families import FAMILIES
 from tests.tiny import CLASSES, MEAN, STD, tiny_data, tiny_distiller
 
@@ -223,14 +223,6 @@ def test_a_card_escapes_what_markdown_would_take(tmp_path: Path) -> None:
 
 def export_run(folder: Path, out: Path, data: Path, *arguments: str) -> Ran:
     return run("export", f"run={folder}", f"out={out}", f"data.path={data}", "images=50", *arguments)
-
-
-def assert_refused(ran: Ran, *phrases: str) -> None:
-    assert ran.code == 1
-    assert len(ran.err.splitlines()) == 1, ran.err
-    assert ran.err.startswith("error: ")
-    for phrase in phrases:
-        assert phrase in ran.err
 
 
 def test_a_run_becomes_an_onnx_file_and_a_card(finished_run: Path, array_file: Path, tmp_path: Path) -> None:

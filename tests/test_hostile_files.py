@@ -34,8 +34,8 @@ from src.run import finished_result
 from src.secrecy import plain, without_secrets
 from src.teacher import Answers
 from src.view_store import ViewStore
-from tests.commands import run
-from tests.test_commands import Hostile, Place, assert_refused, result_of
+from tests.commands import assert_refused, run
+from tests.test_commands import Hostile, Place, result_of
 from tests.test_config import configure
 
 INPUTS = int(os.environ.get("AEKT_FUZZ", 15))

@@ -18,8 +18,9 @@ from src.methods.method import Method
 from src.models.checkpoints import save_weights
 from src.models.resnet import resnet20
 from src.teacher import Teacher, answers_file, view_store_file
+from tests.commands import assert_refused
 from tests.conftest import colour_arrays
-from tests.test_commands import Place, assert_refused, result_of
+from tests.test_commands import Place, result_of
 from tests.test_config import configure
 from tests.tiny import CLASSES, MEAN, STD, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer
 

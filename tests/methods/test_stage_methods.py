@@ -38,6 +38,7 @@ from src.models.shufflenet_v1 import ShuffleV1
 from src.models.vgg import vgg8
 from src.models.wide_resnet import wrn_16_1
 from tests.commands import run
+from tests.methods.test_feature_methods import averaged, flat, mean
 from tests.tiny import CLASSES, MEAN, STD, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
@@ -45,24 +46,6 @@ Said = list[Tensor]
 Nested = Any
 
 # The formulas, stated once more
-
-
-def mean(values: Any) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
-
-
-def flat(nested: Nested) -> list[float]:
-    return [x for part in nested for x in flat(part)] if isinstance(nested, list) else [nested]
-
-
-def averaged(channel: list[list[float]], size: int) -> list[list[float]]:
-    """A square map of a multiple of `size` pixels, by means of blocks."""
-    step = len(channel) // size
-    return [
-        [mean(channel[i * step + a][j * step + b] for a in range(step) for b in range(step)) for j in range(size)]
-        for i in range(size)
-    ]
 
 
 def matched(one: Nested, other: Nested) -> tuple[Nested, Nested]:
