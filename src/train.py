@@ -215,16 +215,16 @@ def train_teacher(cfg: DictConfig) -> Path:
 
 def fit(cfg: DictConfig, distiller: Distiller, data: ImageData, folder: RunFolder) -> L.Trainer:
     """Train through the method's stages and then the main one, each from its last checkpoint where there is one."""
-    main = distiller.method
+    main, learning_rate = distiller.method, distiller.learning_rate
     options: dict[str, Any] = {}
     if main.stages() and cfg.trainer.strategy in ("ddp", "ddp_fork"):  # each stage leaves parameters of others alone
         options["strategy"] = f"{cfg.trainer.strategy}_find_unused_parameters_true"
     for stage in main.stages():
-        distiller.method = stage.method
+        distiller.method, distiller.learning_rate = stage.method, stage.learning_rate_scale * learning_rate
         epochs = min(stage.epochs, cfg.trainer.max_epochs)  # trainer=debug: one
         log.info("Stage %s before the main one, epochs: %d", stage.name, epochs)
         fit_stage(cfg, distiller, data, folder.path / "stages" / stage.name, max_epochs=epochs, logger=False, **options)
-    distiller.method = main
+    distiller.method, distiller.learning_rate = main, learning_rate
     averaging = [hydra.utils.instantiate(cfg.averaging)] if cfg.averaging else []
     looking = [GradientAnatomy(folder.path, **cfg.gradients)] if cfg.gradients.every else []
     options |= {"callbacks": [*averaging, *looking], "logger": make_logger(cfg, folder.path)}

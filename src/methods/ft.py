@@ -82,7 +82,8 @@ class Paraphrasing(Method):
 class FT(Method):
     """A stage of the paraphraser, then cross_entropy_weight * CE + factor_weight * FT.
 
-    The stage lasts initial_epochs, at least one. A factor has `rate` times the channels of the teacher's last features.
+    The stage lasts initial_epochs, at least one, at initial_learning_rate_scale times the learning rate. A factor has
+    `rate` times the channels of the teacher's last features.
     """
 
     needs_features = True
@@ -98,6 +99,7 @@ class FT(Method):
         whole_factor: bool,
         rate: PositiveFloat,
         initial_epochs: NonNegativeInt,
+        initial_learning_rate_scale: PositiveFloat,
     ) -> None:
         super().__init__()
         self.cross_entropy_weight = cross_entropy_weight
@@ -105,6 +107,7 @@ class FT(Method):
         self.whole_factor = whole_factor
         self.rate = rate
         self.initial_epochs = initial_epochs
+        self.initial_learning_rate_scale = initial_learning_rate_scale
 
     def build(self, networks: Networks) -> None:
         """Paraphraser and translator. Raises `UserError` where a network has no stages, or a map has only one pixel."""
@@ -121,7 +124,8 @@ class FT(Method):
 
     def stages(self) -> tuple[Stage, ...]:
         """The paraphraser."""
-        return (Stage("paraphraser", Paraphrasing(self.paraphraser, self.decoder), max(1, self.initial_epochs)),)
+        paraphrasing = Paraphrasing(self.paraphraser, self.decoder)
+        return (Stage("paraphraser", paraphrasing, max(1, self.initial_epochs), self.initial_learning_rate_scale),)
 
     def weights(self, epoch: int) -> dict[str, float]:
         """Constant weights."""

@@ -126,6 +126,8 @@ class Stage(NamedTuple):
     method: Method
     """Its terms decide what is trained; modules that it shares with the main method carry over."""
     epochs: int
+    learning_rate_scale: float = 1.0
+    """Of the main stage's learning rate."""
 
 
 class Method(nn.Module):

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -37,6 +38,7 @@ from src.models.resnet import resnet8, resnet20
 from src.models.shufflenet_v1 import ShuffleV1
 from src.models.vgg import vgg8
 from src.models.wide_resnet import wrn_16_1
+from src.train import fit
 from tests.commands import run
 from tests.methods.test_feature_methods import averaged, flat, mean
 from tests.tiny import CLASSES, MEAN, STD, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
@@ -536,6 +538,22 @@ def test_each_stage_trains_what_it_should_and_the_main_one_goes_on_from_the_firs
         assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
     names = {name for name, _ in parameters}
     assert {name for name in names if name.split(".")[0] in set.union(*MOVES[method])} == names
+
+
+@pytest.mark.parametrize(("method", "scale"), [("ft", 0.2), ("ab", 1.0)])
+def test_a_stage_has_a_learning_rate_of_its_own(method: str, scale: float, tmp_path: Path):
+    made = configured(method)
+    data = tiny_data(tmp_path)
+    distiller = tiny_distiller(data, made, teacher=taught_by(resnet20))
+    cfg: Any = OmegaConf.create(
+        {"trainer": {"strategy": "auto", "max_epochs": 9}, "averaging": None, "gradients": {"every": 0}, "logger": None}
+    )
+    rates: list[tuple[bool, float]] = []
+    with patch(
+        "src.train.fit_stage", lambda *_, **__: rates.append((distiller.method is made, distiller.learning_rate))
+    ):
+        fit(cfg, distiller, data, SimpleNamespace(path=tmp_path))  # type: ignore[arg-type]
+    assert rates == [(False, pytest.approx(0.05 * scale)), (True, 0.05)]
 
 
 def test_combined_with_kd_the_stage_stays_and_the_main_stage_has_both(tmp_path: Path):
