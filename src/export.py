@@ -157,8 +157,8 @@ def _write_onnx(network: nn.Module, file: Path, example: Tensor, metadata: Mappi
 def _quantise(whole: Path, ready: Path, file: Path, images: Tensor) -> None:
     """Post-training quantisation by onnxruntime's own tool: weights by channel, activations by the range seen.
 
-    Both are signed, onnxruntime's first choice: unsigned activations overflow on processors without VNNI, which costs
-    accuracy.
+    Weights have 7 bits: sums of products of 8 saturate on processors without VNNI, which costs accuracy (a SlimNet of
+    67.8 % on 500 CIFAR-100 images: 60.8 % by 8 bits, 68.0 % by 7).
     """
     tool = needed("onnxruntime.quantization")
     needed("onnxruntime.quantization.shape_inference").quant_pre_process(whole, ready, skip_symbolic_shape=True)
@@ -169,7 +169,7 @@ def _quantise(whole: Path, ready: Path, file: Path, images: Tensor) -> None:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(({"images": batch.numpy()} for batch in self.batches), None)
 
-    tool.quantize_static(ready, file, Reader(), per_channel=True)
+    tool.quantize_static(ready, file, Reader(), per_channel=True, reduce_range=True)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
