@@ -24,9 +24,8 @@ from src.data.arrays import save_arrays
 from src.data.image_data import ImageData
 from src.distiller import Distiller
 from src.errors import UserError
-from src.loading import make_network
+from src.loading import frozen, make_network
 from src.run import needs_teacher
-from src.teacher import Teacher
 from src.train import count
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -55,7 +54,7 @@ def distiller_of(cfg: DictConfig, data: ImageData) -> tuple[Distiller, Any]:
     parts = make_parts(cfg, data)
     teacher = None
     if needs_teacher(cfg):
-        teacher = Teacher(make_network(cfg.model.teacher, "model.teacher", CLASSES), data.mean, data.std)
+        teacher = frozen(cfg, data, make_network(cfg.model.teacher, "model.teacher", CLASSES), {})
         teacher.to(torch.device("cpu"), torch.channels_last)
     distiller = make_distiller(cfg, data, parts, teacher, {})
     distiller.student.to(memory_format=torch.channels_last)

@@ -42,7 +42,7 @@ from src.data.arrays import load_arrays, save_arrays
 from src.data.image_data import Samples
 from src.data.views import normalise
 from src.distiller import Distiller
-from src.loading import make_network
+from src.loading import frozen, make_network
 from src.methods.method import Batch, Prediction, View
 from src.models.checkpoints import load_weights, save_weights
 from src.models.network import Network
@@ -156,9 +156,8 @@ def make(
     parts = make_parts(cfg, data)
     teacher = None
     if needs_teacher(cfg):
-        network = make_network(cfg.model.teacher, "model.teacher", CLASSES)
-        teacher = Teacher(network, data.mean, data.std, precision=precision)
-        teacher.fold(data.image_shape)
+        cfg.teacher.precision, cfg.teacher.fold = precision, True
+        teacher = frozen(cfg, data, make_network(cfg.model.teacher, "model.teacher", CLASSES), {})
         teacher.to(torch.device("cpu"), torch.channels_last)
         if stored:
             images, views = len(data.source.train_labels), data.view_count(1)

@@ -78,7 +78,6 @@ def make_distiller(
             student=student,
             teacher=teacher,
             image_shape=data.image_shape,
-            train_size=len(data.source.train_labels),
             new_student=lambda: make_network(cfg.model.student, "model.student", data.num_classes),
             train_labels=data.trained_labels,
         )

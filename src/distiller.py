@@ -191,7 +191,7 @@ class Distiller(L.LightningModule):
             preactivations=said.preactivations,
             unpooled=said.unpooled if features else None,
         )
-        if self.teacher is None:
+        if self.teacher is None or not self.method.reads_teacher:
             return View(inputs, student, None)
         if not features:
             with self._timed("teacher"):

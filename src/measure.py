@@ -19,9 +19,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from src.analysis import figures
+from src.analysis.predictions import macs
 from src.command import job, run_command
 from src.config import check_ranges
 from src.data.image_data import ImageData
@@ -142,13 +142,6 @@ def find(cfg: DictConfig, run_cfg: DictConfig, data: ImageData) -> Teacher | Non
     if about is not None and teacher.digest != about["sha256"]:
         raise UserError(f"{path or about['source']} is not the teacher of {cfg.run}: give that by teacher.path=FILE.")
     return teacher
-
-
-def macs(network: nn.Module, image: Tensor) -> int:
-    """Multiply-accumulates for one image [1, 3, H, W], by torch's counter, which counts two operations for each."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
-    return counter.get_total_flops() // 2
 
 
 def interleaved(forms: Sequence[Answer], images: Tensor, batch: int, rounds: int) -> np.ndarray:

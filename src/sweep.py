@@ -16,9 +16,8 @@ from omegaconf import DictConfig
 
 from src.assemble import make_data, make_distiller, make_parts, make_trainer
 from src.errors import UserError
-from src.loading import make_network
+from src.loading import frozen, make_network
 from src.run import needs_teacher, run_folder
-from src.teacher import Teacher
 
 SAMPLE = 8
 """How many of a sweep's runs are tried for a few steps."""
@@ -79,7 +78,7 @@ def seconds_left(cfg: DictConfig) -> float:
     teacher = None
     if needs_teacher(cfg):
         network = make_network(cfg.model.teacher, "model.teacher", data.num_classes)
-        teacher = Teacher(network, data.mean, data.std, cfg.teacher.image_size)
+        teacher = frozen(cfg, data, network, {})
     distiller = make_distiller(cfg, data, parts, teacher, {})
     clock = Clock()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

@@ -41,7 +41,6 @@ from src.run import (
 from src.secrecy import plain
 from src.teacher import Answers, Teacher, answers_file, view_store_file
 from src.view_store import ViewStore
-from src.wandb_results import publish
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +109,8 @@ def _train(
         folder.finish(result)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
+                from src.wandb_results import publish  # W&B takes 0.6 s to import: not for those who log elsewhere
+
                 distiller.to(trainer.strategy.root_device)
                 publish(logger.experiment, distiller, data, result, folder.student_file, cfg.trainer.limit_val_batches)
     trainer.strategy.barrier()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src import measure
+from src.analysis.predictions import macs
 from src.errors import UserError
 from src.export import Form
 from src.models.checkpoints import save_weights
@@ -49,7 +50,7 @@ def test_every_round_times_every_form_in_turn(monkeypatch: pytest.MonkeyPatch) -
 
 def test_multiply_accumulates_of_a_known_network() -> None:
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 7))
-    assert measure.macs(network, torch.zeros(1, 3, 8, 8)) == 8 * 8 * 5 * 3 * 3 * 3 + 5 * 7
+    assert macs(network, torch.zeros(1, 3, 8, 8)) == 8 * 8 * 5 * 3 * 3 * 3 + 5 * 7
 
 
 def test_quartiles() -> None:

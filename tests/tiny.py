@@ -67,12 +67,7 @@ def tiny_distiller(
     torch.manual_seed(seed)
     student, serialization = new_student(CLASSES), serialization or Serialization()
     serialization.build(student)
-    method.build(
-        Networks(
-            student, teacher, data.image_shape, len(data.source.train_labels), partial(new_student, CLASSES),
-            data.trained_labels,
-        )
-    )  # fmt: skip
+    method.build(Networks(student, teacher, data.image_shape, data.trained_labels, partial(new_student, CLASSES)))
     return Distiller(
         student=student, method=method, serialization=serialization, teacher=teacher,
         teacher_predictions={"test": torch.zeros(17, dtype=torch.int64)} if teacher else {}, num_classes=CLASSES,

@@ -1,10 +1,12 @@
 """What a finished run's student says about every test image, and what it costs to ask it."""
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.data.image_data import ImageData
@@ -50,14 +52,18 @@ def predict(distiller: Distiller, data: ImageData, likeliest: int = 3, batches: 
 
 
 @torch.no_grad()
+def macs(answer: Callable[[Tensor], Tensor], image: Tensor) -> int:
+    """Multiply-accumulates for one image [1, 3, H, W], by torch's counter, which counts two operations for each."""
+    with FlopCounterMode(display=False) as counter:
+        answer(image)
+    return counter.get_total_flops() // 2
+
+
 def multiply_accumulates(distiller: Distiller, data: ImageData) -> tuple[int, int | None]:
     """Those of one image's way through the student and the teacher (None without one): convolutions and products."""
     image = data.test_images([0]).to(distiller.device)
-    with FlopCounterMode(display=False) as student:
-        distiller.eval().predict_logits(image)
+    student = macs(distiller.eval().predict_logits, image)
     if distiller.teacher is None:
-        return student.get_total_flops() // 2, None
+        return student, None
     distiller.teacher.to(distiller.device, torch.contiguous_format)
-    with FlopCounterMode(display=False) as teacher:
-        distiller.teacher.logits(image)
-    return student.get_total_flops() // 2, teacher.get_total_flops() // 2
+    return student, macs(distiller.teacher.logits, image)

@@ -49,6 +49,5 @@ def published(run: Finished) -> Published | None:
     result = run.result
     if result["serialization"] != "none":
         return None
-    method = result["method"] + ("+ls" if result["settings"].get("standardize_logits") else "")
     teacher = result["teacher"]["name"] if result["teacher"] else ""
-    return _table().get((result["data"], teacher, result["student"], method))
+    return _table().get((result["data"], teacher, result["student"], result["method"]))

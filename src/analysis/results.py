@@ -68,8 +68,7 @@ class Finished:
     def label(self) -> str:
         """The method, with its serialization where it has one."""
         layer = self.result["serialization"]
-        standardized = " + standardized logits" if self.result["settings"].get("standardize_logits") else ""
-        return self.result["method"] + standardized + ("" if layer == "none" else f", {layer}")
+        return self.result["method"] + ("" if layer == "none" else f", {layer}")
 
     @property
     def name(self) -> str:

@@ -62,6 +62,7 @@ class BoundaryInitialisation(Method):
 class AB(Method):
     """A stage of boundary_weight * boundaries for initial_epochs (at least one), then cross_entropy_weight * CE."""
 
+    reads_teacher = False
     connectors: nn.ModuleList
 
     def __init__(

@@ -28,6 +28,7 @@ class Combined(Method):
             )
         self.main, self.also = main, also
         self.needs_teacher = main.needs_teacher or also.needs_teacher
+        self.reads_teacher = main.reads_teacher or also.reads_teacher
         self.distils_logits = main.distils_logits or also.distils_logits
         self.needs_features = main.needs_features or also.needs_features
         self.needs_preactivations = main.needs_preactivations or also.needs_preactivations

@@ -99,7 +99,6 @@ class CRD(Method):
     def build(self, networks: Networks) -> None:
         """Embeddings, and memories of random rows of length about 1. Raises `UserError` where all are of one class."""
         labels = networks.train_labels
-        assert labels is not None
         if len(labels[labels >= 0].unique()) < 2:
             raise UserError("method=crd contrasts images of different classes, and all training images are of one.")
         self.register_buffer("labels", labels, persistent=False)

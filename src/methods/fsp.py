@@ -63,6 +63,8 @@ class FlowInitialisation(Method):
 class FSP(Method):
     """A stage of flow_weight * FSP for initial_epochs (at least one), then cross_entropy_weight * CE."""
 
+    reads_teacher = False
+
     def __init__(self, *, cross_entropy_weight: float, flow_weight: float, initial_epochs: NonNegativeInt) -> None:
         super().__init__()
         self.cross_entropy_weight = cross_entropy_weight

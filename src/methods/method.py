@@ -59,7 +59,7 @@ class View(NamedTuple):
     """[B, 3, H, W], normalised for the student."""
     student: Prediction
     teacher: Prediction | None
-    """None where the method has no teacher; never carries gradients."""
+    """None where the method has no teacher or does not read it; never carries gradients."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,15 @@ class Networks:
     student: Network
     teacher: Teacher | None
     image_shape: tuple[int, int, int]
-    train_size: int
+    train_labels: Tensor
+    """[N] int64, the class of each image of the training data, -1 where it is left out or held out."""
     new_student: Callable[[], Network]
     """Makes one more student with fresh weights, for methods that train several."""
-    train_labels: Tensor | None = None
-    """[train_size] int64, the class of each image of the training data, -1 where it is left out or held out."""
+
+    @property
+    def train_size(self) -> int:
+        """Number of images of the training data."""
+        return len(self.train_labels)
 
     @cached_property
     def student_shapes(self) -> Shapes:
@@ -134,6 +138,8 @@ class Method(nn.Module):
     """Base of all methods: a subclass defines `weights` and `terms`, the rest has the defaults of a logit method."""
 
     needs_teacher = True
+    reads_teacher = True
+    """False where the stages alone do: in the main one the teacher is then not asked."""
     distils_logits = False
     """Whether a term reads `distillation_logits`: only then does serialization mean anything."""
     needs_features = False

@@ -7,7 +7,9 @@ from filelock import FileLock
 
 from src.analysis.published import published
 from src.analysis.results import Finished, by_protocol, find_runs, group
+from src.run import method_name
 from tests.analysis.run_folders import TEACHER, write_run
+from tests.test_config import configure
 
 
 def test_finished_runs_are_grouped_by_all_but_the_seed(tmp_path: Path) -> None:
@@ -105,8 +107,8 @@ def test_a_result_alone_is_enough(tmp_path: Path) -> None:
     assert (run.history(), others) == ([], [])
 
 
-def run_of(method: str, teacher: str | None, student: str, **settings: object) -> Finished:
-    result = {"data": "cifar100", "method": method, "student": student, "serialization": "none", "settings": settings}
+def run_of(method: str, teacher: str | None, student: str) -> Finished:
+    result = {"data": "cifar100", "method": method, "student": student, "serialization": "none"}
     return Finished(Path(), {**result, "teacher": teacher and {"name": teacher}})
 
 
@@ -115,7 +117,7 @@ def run_of(method: str, teacher: str | None, student: str, **settings: object) -
     [
         (run_of("vanilla", None, "wrn16_2"), "73.26 (last)"),
         (run_of("kd", "wrn40_2", "wrn16_2"), "74.92 (last)"),
-        (run_of("kd", "wrn40_2", "wrn16_2", standardize_logits=True), "76.11 (best)"),
+        (run_of("kd+standardized", "wrn40_2", "wrn16_2"), "76.11 (best)"),
         (run_of("dkd", "resnet32x4", "resnet8x4"), "76.32 (best)"),
         (run_of("wttm", "vgg13", "vgg8"), "74.44 (?)"),
         (run_of("mlkd", "wrn40_2", "wrn16_2"), "76.63 (best; longer training)"),
@@ -127,3 +129,13 @@ def test_published_numbers(run: Finished, text: str) -> None:
     assert str(published(run)) == text
     serial = Finished(Path(), json.loads(json.dumps({**run.result, "serialization": "serial"})))
     assert published(serial) is None
+
+
+@pytest.mark.parametrize(
+    ("switch", "accuracy"), [("standardize_logits=true", "76.62"), ("optimizer=dot", "75.12"), ("seed=1", "73.33")]
+)
+def test_published_numbers_are_found_by_what_a_run_calls_its_method(switch: str, accuracy: str) -> None:
+    method = method_name(configure("method=kd", switch))
+    run = run_of(method, "resnet32x4", "resnet8x4")
+    assert str(published(run)).startswith(accuracy)
+    assert run.label == method

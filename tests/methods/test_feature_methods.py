@@ -470,7 +470,7 @@ def test_every_method_takes_networks_of_different_families(new_teacher: Any, new
     inputs, answer, output = normalise(images, MEAN, STD), teacher(images), student.forward_features
     for method in PUBLISHED:
         made = configured(method)
-        made.build(Networks(student, teacher, (3, 16, 16), 4, partial(new_student, CLASSES)))
+        made.build(Networks(student, teacher, (3, 16, 16), torch.arange(4), partial(new_student, CLASSES)))
         said = output(inputs)
         view = View(
             inputs,

@@ -512,7 +512,7 @@ def made_for(method: str, student: Network, teacher: Teacher) -> Method:
     torch.manual_seed(0)
     made = configured(method)
     labels = torch.arange(12) % CLASSES
-    made.build(Networks(student, teacher, (3, 16, 16), 12, partial(resnet8, CLASSES), labels))
+    made.build(Networks(student, teacher, (3, 16, 16), labels, partial(resnet8, CLASSES)))
     return made
 
 
@@ -551,7 +551,7 @@ def test_reviewkd_reads_the_teacher_before_its_relu_and_the_student_as_it_is_tol
     torch.manual_seed(0)
     student, teacher = resnet8(CLASSES), taught_by()
     made = configured("reviewkd", student_preactivations=before_relu)
-    made.build(Networks(student, teacher, (3, 16, 16), 4, partial(resnet8, CLASSES)))
+    made.build(Networks(student, teacher, (3, 16, 16), torch.arange(4), partial(resnet8, CLASSES)))
     batch = seen(student, teacher, torch.clone, torch.float32)
     before, after = batch.student.preactivations, batch.student.features
     leaves = [x.requires_grad_() for x in (*before, *after)]
@@ -585,7 +585,7 @@ class Answer(nn.Module):
 @pytest.mark.parametrize("new_teacher", [resnet14, wrn_16_1, vgg8, slimnet_300k], ids=lambda make: make.__name__)
 def test_a_perfect_projector_answers_as_the_teacher_does(new_teacher: Any):
     teacher, student, method = tiny_teacher(new_teacher), resnet8(CLASSES).eval(), configured("simkd")
-    method.build(Networks(student, teacher, (3, 16, 16), 4, partial(resnet8, CLASSES)))
+    method.build(Networks(student, teacher, (3, 16, 16), torch.arange(4), partial(resnet8, CLASSES)))
     images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     answer = teacher(images)
     assert answer.unpooled is not None
@@ -650,12 +650,14 @@ class Unusual(Network):
 def test_networks_whose_classifier_sees_something_else_are_refused(method: str, tells: bool):
     usual, unusual = resnet8(CLASSES), Unusual(tells)
     for whose, student, teacher in (("student", unusual, usual), ("teacher", usual, unusual)):
-        networks = Networks(student, Teacher(teacher, MEAN, STD), (3, 16, 16), 4, partial(resnet8, CLASSES))
+        networks = Networks(
+            student, Teacher(teacher, MEAN, STD), (3, 16, 16), torch.arange(4), partial(resnet8, CLASSES)
+        )
         with pytest.raises(UserError, match=rf"^method={method}: the {whose}'s classifier does not see its last"):
             configured(method).build(networks)
 
 
 def test_reviewkd_refuses_networks_without_stages():
-    networks = Networks(Unusual(True), taught_by(), (3, 16, 16), 4, partial(resnet8, CLASSES))
+    networks = Networks(Unusual(True), taught_by(), (3, 16, 16), torch.arange(4), partial(resnet8, CLASSES))
     with pytest.raises(UserError, match=r"^method=reviewkd .* the student has 1 and the teacher 4 feature maps"):
         configured("reviewkd").build(networks)

@@ -40,7 +40,7 @@ from src.models.vgg import vgg8
 from src.models.wide_resnet import wrn_16_1
 from src.train import fit
 from tests.commands import run
-from tests.methods.test_feature_methods import averaged, flat, mean
+from tests.methods.test_feature_methods import Move, averaged, channels, flat, mean, pixels, samples, scaled
 from tests.tiny import CLASSES, MEAN, STD, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
@@ -265,27 +265,10 @@ def test_a_student_that_says_what_its_teacher_says_has_nothing_to_learn(name: st
     assert gradient.abs().max() < 1e-9
 
 
-def channels(x: Tensor) -> Tensor:
-    return x.flip(1)
-
-
-def pixels(x: Tensor) -> Tensor:
-    return x.flip(2)
-
-
-def samples(x: Tensor) -> Tensor:
-    return x.roll(1, 0)
-
-
-def scaled(x: Tensor) -> Tensor:
-    return 7.0 * x
-
-
 def negated(x: Tensor) -> Tensor:
     return -x
 
 
-Move = Callable[[Tensor], Tensor]
 ALONE: dict[str, tuple[Move, ...]] = {
     "ft": (channels, scaled, negated),
     "ft, whole": (scaled,),
@@ -397,7 +380,7 @@ def test_ofd_weighs_less_on_imagenet():
 
 def networks_of(new_teacher: Callable[..., Network], new_student: Callable[..., Network]) -> Networks:
     student = new_student(CLASSES)
-    return Networks(student, taught_by(new_teacher), (3, 16, 16), 4, partial(new_student, CLASSES))
+    return Networks(student, taught_by(new_teacher), (3, 16, 16), torch.arange(4), partial(new_student, CLASSES))
 
 
 taught_by = functools.cache(tiny_teacher)
@@ -538,6 +521,19 @@ def test_each_stage_trains_what_it_should_and_the_main_one_goes_on_from_the_firs
         assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
     names = {name for name, _ in parameters}
     assert {name for name in names if name.split(".")[0] in set.union(*MOVES[method])} == names
+
+
+@pytest.mark.parametrize("method", ["ab", "fsp"])
+@pytest.mark.parametrize("also", [False, True])
+def test_a_main_stage_that_does_not_read_its_teacher_does_not_ask_it(method: str, also: bool, tmp_path: Path):
+    made: Method = configured(method)
+    if also:
+        made = Combined(made, KD(cross_entropy_weight=0.1, kd_weight=0.9, temperature=4.0))
+    data, teacher = tiny_data(tmp_path), tiny_teacher(resnet20)
+    distiller = tiny_distiller(data, made, teacher=teacher)
+    with patch.object(teacher, "view_logits", wraps=teacher.view_logits) as asked:
+        tiny_trainer(1, max_steps=1, limit_val_batches=0).fit(distiller, datamodule=data)
+    assert asked.called == also
 
 
 @pytest.mark.parametrize(("method", "scale"), [("ft", 0.2), ("ab", 1.0)])
