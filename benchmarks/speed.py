@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.methods import configured
+from src.analysis.predictions import macs
 from src.assemble import make_data, make_distiller, make_logger, make_parts, make_trainer
 from src.config import build
 from src.data.array_data import ArrayData
@@ -71,11 +72,43 @@ class Row(NamedTuple):
     absolute: str = ""
 
 
+class Hardware(NamedTuple):
+    """What the machine can do, measured now: 10^9 operations and bytes a second."""
+
+    float32: float
+    bfloat16: float
+    memory: float
+
+    @classmethod
+    def measured(cls) -> "Hardware":
+        """Products of 1,024 x 1,024 matrices, and copies of 256 MB."""
+        a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        source, copied = torch.zeros(2**26), torch.empty(2**26)
+        found = interleaved(
+            {
+                "float32": lambda: seconds(lambda: a @ b),
+                "bfloat16": lambda: seconds(lambda: a.bfloat16() @ b.bfloat16()),
+                "copy": lambda: seconds(lambda: copied.copy_(source)),
+            },
+            5,
+        )
+        single, half, copy = (min(found[name]) for name in ("float32", "bfloat16", "copy"))
+        operations = 2 * 1024**3 / 1e9
+        return cls(operations / single, operations / half, 2 * source.nbytes / 1e9 / copy)
+
+    def __str__(self) -> str:
+        return (
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}; matrix products {self.float32:.0f} GFLOP/s "
+            f"in float32, {self.bfloat16:.0f} in bfloat16; memory {self.memory:.1f} GB/s."
+        )
+
+
 class Place(NamedTuple):
-    """Where a row may write, its images and the options."""
+    """Where a row may write, its images, the machine and the options."""
 
     folder: Path
     images: Path
+    hardware: Hardware
     options: argparse.Namespace
 
 
@@ -116,8 +149,8 @@ def milliseconds(found: Mapping[str, Sequence[float]]) -> str:
 
 def images_file(folder: Path, count: int) -> Path:
     """An array file of so many training images: CIFAR-100's first, or random ones."""
-    file, real = folder / "images.npz", Path(os.environ.get("AEKT_DATA", "")) / "cifar100.npz"
-    if "AEKT_DATA" in os.environ and real.is_file():
+    file = folder / "images.npz"
+    if real := real_images():
         arrays = load_arrays(real)
         train_images, train_labels = arrays.train_images, arrays.train_labels
         test_images, test_labels = arrays.test_images, arrays.test_labels
@@ -126,8 +159,7 @@ def images_file(folder: Path, count: int) -> Path:
             name: (images.permute(0, 2, 3, 1).numpy(), labels.numpy()) for name, (images, labels) in contents.items()
         }
     else:
-        random, labels = np.random.default_rng(0), np.arange(max(count, 1000)) % CLASSES
-        images = random.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8)
+        images, labels = random_images(max(count, 1000), CLASSES)
         parts = {"train": (images, labels), "test": (images, labels)}
     chosen = {name: _balanced(labels, count if name == "train" else 500) for name, (_, labels) in parts.items()}
     save_arrays(
@@ -136,6 +168,18 @@ def images_file(folder: Path, count: int) -> Path:
         **{f"{name}_labels": labels[chosen[name]] for name, (_, labels) in parts.items()},
     )
     return file
+
+
+def real_images() -> Path | None:
+    """CIFAR-100 where AEKT_DATA has it."""
+    file = Path(os.environ.get("AEKT_DATA", "")) / "cifar100.npz"
+    return file if "AEKT_DATA" in os.environ and file.is_file() else None
+
+
+def random_images(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noise of CIFAR's size, and its labels."""
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % classes
 
 
 def _balanced(labels: np.ndarray, count: int) -> np.ndarray:
@@ -147,49 +191,61 @@ def _balanced(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def make(
-    place: Place, method: str, model: str, batch_size: int, *, stored: bool = False, precision: str | None = None
+    place: Place,
+    method: str,
+    model: str,
+    batch_size: int,
+    *,
+    stored: bool = False,
+    precision: str | None = None,
+    train_size: int | None = None,
+    compiled: bool = False,
 ) -> tuple[DictConfig, Distiller, Any]:
     """What `python -m src.train` would train by this method, with networks of fresh weights."""
     cfg = configured(method, model, place.images, batch_size)
-    cfg.data.train_size = max(place.options.batches * batch_size, CLASSES)
+    cfg.data.train_size = train_size or max(place.options.batches * batch_size, CLASSES)
     data = make_data(cfg)
     parts = make_parts(cfg, data)
     teacher = None
     if needs_teacher(cfg):
         cfg.teacher.precision, cfg.teacher.fold = precision, True
-        teacher = frozen(cfg, data, make_network(cfg.model.teacher, "model.teacher", CLASSES), {})
+        teacher = frozen(cfg, data, make_network(cfg.model.teacher, "model.teacher", data.num_classes), {})
         teacher.to(torch.device("cpu"), torch.channels_last)
         if stored:
             images, views = len(data.source.train_labels), data.view_count(1)
-            teacher.store = ViewStore(place.folder / f"{model}-{batch_size}.views", images, views, CLASSES)
-    cfg.compile = place.options.compile
+            file = place.folder / f"{model}-{batch_size}-{place.images.stem}.views"
+            teacher.store = ViewStore(file, images, views, data.num_classes)
+    cfg.compile = compiled
     distiller = make_distiller(cfg, data, parts, teacher, {})
     distiller.student.to(memory_format=torch.channels_last)
     return cfg, distiller, data
 
 
-def endless(data: ArrayData) -> Iterator[Samples]:
-    """The batches of the first epoch, as views, again and again."""
+def endless(data: ArrayData, batches: int) -> Iterator[Samples]:
+    """The first batches of the first epoch, as views, again and again."""
     loader = data.train_dataloader()
     while True:
-        for batch in loader:
+        for batch in itertools.islice(loader, batches):
             yield data.augment(batch, 0)
 
 
-def stepper(distiller: Distiller, data: ArrayData, mixed: bool = False) -> Callable[[], None]:
-    """A step in a bare loop, from the next batch on."""
+def stepper(
+    distiller: Distiller, data: ArrayData, mixed: bool = False, batches: int | None = None
+) -> Callable[[], None]:
+    """A step in a bare loop, from the next batch on; those of the whole epoch or so many of it take turns."""
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
-    batches = endless(data)
+    different = min(epoch_length(data), batches or epoch_length(data))
+    shown = endless(data, different)
 
     def step() -> None:
-        batch = next(batches)
+        batch = next(shown)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = distiller.training_step(batch, 0)
         optimizer.zero_grad()
         distiller.method.backward(loss, distiller.weighted_terms)
         optimizer.step()
 
-    for _ in range(epoch_length(data)):  # one epoch: what can be stored is
+    for _ in range(different):  # what can be stored is
         step()
     return step
 
@@ -275,12 +331,28 @@ def step_stored(place: Place) -> Iterator[Row]:
         )
 
 
+def compiled(place: Place) -> Iterator[Row]:
+    """A step of the student alone by torch.compile, against the same without."""
+    for model in place.options.pairs:
+        batch_size = place.options.batch_sizes[0]
+        steps = {
+            name: stepper(*make(place, "vanilla", model, batch_size, compiled=name == "compiled")[1:])
+            for name in ("compiled", "as it is")
+        }
+        found = interleaved(
+            {name: lambda step=step: seconds(step, place.options.steps) for name, step in steps.items()},  # type: ignore[misc]
+            place.options.rounds,
+        )
+        ratios = over(found["compiled"], found["as it is"])
+        yield Row("a compiled step, alone", "as it is", f"{model}, {batch_size}", ratios, "", milliseconds(found))
+
+
 def step_plain(place: Place) -> Iterator[Row]:
     """A step with nothing stored (float32, bfloat16) and stored, against the customary loop."""
     for model, batch_size in itertools.product(place.options.pairs, place.options.batch_sizes):
         kinds: dict[str, dict[str, Any]] = {
             "float32": {},
-            "bfloat16": {"precision": "bfloat16"},
+            **({"bfloat16": {"precision": "bfloat16"}} if place.options.bfloat16 else {}),
             "stored": {"stored": True},
         }
         sides: dict[str, Callable[[], float]] = {}
@@ -292,16 +364,21 @@ def step_plain(place: Place) -> Iterator[Row]:
         loader = torchvision_loader(data, batch_size, 2 + place.options.steps // epoch_length(data))
         sides["customary"] = lambda: plain_window(student.train(), teacher.eval(), loader, place.options.steps)
         found = interleaved(sides, place.options.rounds)
-        targets = {"float32": "1.35", "bfloat16": "2.0 in the faster of float32 and bfloat16", "stored": "3.3"}
-        for kind, target in targets.items():
+        targets = {"float32": "1.35, 2.0 in the fastest precision", "bfloat16": "2.0 in the fastest", "stored": "3.3"}
+        taught, asked = (macs(network.eval(), torch.zeros(1, 3, 32, 32)) for network in (student, teacher))
+        for kind in kinds:
+            operations = 2 * batch_size * (3 * taught + (0 if kind == "stored" else asked))  # backward is twice forward
+            least = operations / 1e9 / getattr(place.hardware, "bfloat16" if kind == "bfloat16" else "float32")
             what = "a step, answers stored" if kind == "stored" else f"a step, nothing stored, {kind}"
             yield Row(
                 what,
                 "a customary loop",
                 f"{model}, {batch_size}",
                 over(found["customary"], found[kind]),
-                f"speed >= {target}",
-                milliseconds({name: found[name] for name in (kind, "customary")}),
+                f"speed >= {targets[kind]}",
+                milliseconds({name: found[name] for name in (kind, "customary")})
+                + f"; its products alone at the machine's rate {1000 * least:.1f} ms: at most "
+                f"{statistics.median(found['customary']) / least:.3g}",
             )
 
 
@@ -369,7 +446,7 @@ def data(place: Place) -> Iterator[Row]:
     """Images through gather, crop, flip and normalise, against torchvision."""
     for batch_size in place.options.batch_sizes:
         source = make(place, "vanilla", SMALLEST, batch_size)[2]
-        ours = endless(source)
+        ours = endless(source, epoch_length(source))
         batches = 20
         loader = torchvision_loader(source, batch_size, 2 + 2 * batches // epoch_length(source))
 
@@ -552,7 +629,7 @@ def teacher(place: Place) -> Iterator[Row]:
         known = settle(network, cfg.model.teacher, source)
         forms = {
             f"{precision}{', folded' * fold}{', contiguous' * contiguous}": (precision, fold, contiguous)
-            for precision in ("float32", "bfloat16")
+            for precision in ("float32", "bfloat16")[: 1 + place.options.bfloat16]
             for fold in (False, True)
             for contiguous in (False, True)
         }
@@ -597,29 +674,49 @@ def settle(network: Network, node: DictConfig, data: ArrayData) -> str:
     return "random weights"
 
 
-ROWS: dict[str, Callable[[Place], Iterator[Row]]] = {
-    row.__name__: row for row in (step_stored, step_plain, loop, data, loss, startup, sweep, memory, teacher)
-}
+def scale(place: Place) -> Iterator[Row]:
+    """A step of AEKT as data, classes and teacher grow, against the smallest of each."""
+    batch_size = place.options.batch_sizes[0]
 
+    def side(model: str, images: Path, train_size: int, stored: bool) -> Callable[[], float]:
+        there = place._replace(images=images)
+        _, distiller, data = make(there, "aekt", model, batch_size, stored=stored, train_size=train_size)
+        step = stepper(distiller, data, batches=place.options.batches)
+        return lambda: seconds(step, place.options.steps)
 
-def hardware() -> str:
-    """What the machine can do, measured now."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    source, copied = torch.zeros(2**26), torch.empty(2**26)
-    found = interleaved(
-        {
-            "float32": lambda: seconds(lambda: a @ b),
-            "bfloat16": lambda: seconds(lambda: a.bfloat16() @ b.bfloat16()),
-            "copy": lambda: seconds(lambda: copied.copy_(source)),
+    def noise(count: int, classes: int) -> Path:
+        file = place.folder / f"{count}-{classes}.npz"
+        images, labels = random_images(count, classes)
+        save_arrays(file, train_images=images, train_labels=labels, test_images=images[:classes],
+                    test_labels=labels[:classes])  # fmt: skip
+        return file
+
+    images, classes, teachers = (1_000, 10_000, 50_000), (10, 100, 1_000), (56, 110)
+    axes = {
+        "images, answers stored": {f"{count:,}": side(SMALLEST, noise(count, 100), count, True) for count in images},
+        "classes, answers stored": {
+            f"{count:,}": side(SMALLEST, noise(5_000, count), 5_000, True) for count in classes
         },
-        5,
-    )
-    single, half, copy = (min(found[name]) for name in ("float32", "bfloat16", "copy"))
-    flops, moved = 2 * 1024**3 / 1e9, 2 * source.nbytes / 1e9
-    return (
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; matrix products {flops / single:.0f} GFLOP/s "
-        f"in float32, {flops / half:.0f} in bfloat16; memory {moved / copy:.1f} GB/s."
-    )
+        **{
+            f"teacher, {'answers' if stored else 'nothing'} stored": {
+                f"resnet{depth}": side(f"resnet{depth}_to_resnet20", noise(1_000, 100), 1_000, stored)
+                for depth in teachers
+            }
+            for stored in (True, False)
+        },
+    }
+    for axis, sides in axes.items():
+        found = interleaved(sides, place.options.rounds)
+        first, *others = sides
+        for name in others:
+            ratios = over(found[name], found[first])
+            yield Row(f"a step as it grows: {axis}", first, name, ratios, "", milliseconds(found))
+
+
+ROWS: dict[str, Callable[[Place], Iterator[Row]]] = {
+    row.__name__: row
+    for row in (step_stored, step_plain, compiled, loop, data, loss, startup, sweep, memory, teacher, scale)
+}
 
 
 def line(row: Row) -> str:
@@ -631,7 +728,7 @@ def line(row: Row) -> str:
 
 
 def main() -> None:
-    """Print the table as Markdown."""
+    """Print the table as Markdown, and add it to a file where one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=[], help="all without one")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=PAIRS, help="of conf/model")
@@ -640,26 +737,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="in each round")
     parser.add_argument("--batches", type=int, default=8, help="of the epoch that is repeated")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--compile", action="store_true", help="compile=true for the students")
+    parser.add_argument("--bfloat16", action="store_true", help="too: a step takes minutes where the CPU lacks it")
     parser.add_argument("--precision", default="32-true", help="trainer.precision of the sweep and of memory")
     parser.add_argument("--sweep-images", type=int, default=500, help="2000 for the full one")
     parser.add_argument("--sweep-epochs", type=int, default=2, help="20 for the full one")
     parser.add_argument("--sweep-seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="a file to which the table is added, under its command")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("src").setLevel(logging.WARNING)
-    print(hardware(), flush=True)
-    print("\n| what | against | setting | ratio | target | |\n|---|---|---|---|---|---|", flush=True)
+    command = " ".join(["python -m benchmarks.speed", *sys.argv[1:]])
+    shown = "CIFAR-100's images" if real_images() else "random images"
+    head = "| what | against | setting | ratio | target | |\n|---|---|---|---|---|---|"
+    machine = Hardware.measured()
+    say(f"`{command}`: {shown}, {machine}\n\n{head}", options)
     largest = max(options.sweep_images, options.batches * max(options.batch_sizes), CLASSES)
     with tempfile.TemporaryDirectory() as folder:
         images = images_file(Path(folder), largest)
         for name in options.rows or ROWS:
             (Path(folder) / name).mkdir()
-            for row in ROWS[name](Place(Path(folder) / name, images, options)):
-                print(line(row), flush=True)
+            for row in ROWS[name](Place(Path(folder) / name, images, machine, options)):
+                say(line(row), options)
+
+
+def say(text: str, options: argparse.Namespace) -> None:
+    """Print and, where a file is named, keep it."""
+    print(text, flush=True)
+    if options.out:
+        with options.out.open("a") as file:
+            file.write(f"{text}\n")
 
 
 if __name__ == "__main__":

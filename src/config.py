@@ -32,6 +32,7 @@ POSITIVE = (
 )  # fmt: skip
 CHOICES = {
     "schedule.interval": ("epoch", "step"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
     "teacher.precision": (None, "float32", "bfloat16"),
     "teacher.answer_dtype": ("float32", "float16"),
 }

@@ -23,9 +23,9 @@ def test_a_compiled_student_learns_the_same_and_is_saved_under_the_same_names(tm
     )
     for distiller in (plain, compiled):
         assert not counters["stats"]["unique_graphs"]
-        tiny_trainer(1).fit(distiller, datamodule=data)
-    assert counters["stats"]["unique_graphs"] == 2  # batches of 8, and the last one of 4
+        tiny_trainer(1, limit_train_batches=1).fit(distiller, datamodule=data)  # more steps multiply the rounding
+    assert counters["stats"]["unique_graphs"] == 1
     expected, found = weights(plain), weights(compiled)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)

@@ -498,6 +498,7 @@ def test_a_subclass_knows_the_options_of_its_base() -> None:
         "data.padding=-1",
         "data.workers=-1",
         "schedule.interval=never",
+        "trainer.precision=64-true",
         "teacher.precision=float16",
         "teacher.answer_dtype=bfloat16",
         "data.mean=[0.5]",

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from src.methods.features import exact_products
 from src.methods.method import at_least_float32
 
 
@@ -31,26 +30,32 @@ class Decoupled(NamedTuple):
 
 def decouple(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Decoupled:
     """One pass over the logits [B, C] of both networks; gradients reach the student's alone."""
-    with exact_products(student_logits):
-        return Decoupled(*_Decoupling.apply(student_logits, teacher_logits, target[:, None], temperature))
+    return Decoupled(*_Decoupling.apply(student_logits, teacher_logits, target[:, None], temperature))
 
 
 class _Decoupling(torch.autograd.Function):
     """Written by hand for its gradient: autograd would keep a dozen arrays of [B, C], this keeps p' and q'.
 
     Of l: 1 / T at u_t and -p'_i / T at u_i. Of KL(q', p'): 0 at u_t and (p'_i - q'_i) / T at u_i.
+
+    With gaps g_i = (u_i - max u) / T and a sum s of exp(g) among the others: p' = exp(g) / s, log p' = g - log s. The
+    arrays of gaps are used up, since memory is what bounds this loss where classes are many.
     """
 
     @staticmethod
     def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float) -> Any:
-        log_odds, log_p = _apart(student_logits, target, temperature)
-        teacher_log_odds, log_q = _apart(teacher_logits, target, temperature)
-        q = log_q.exp().scatter_(1, target, 0.0)
-        divergence = torch.linalg.vecdot(q, log_q.sub_(log_p))
-        ctx.save_for_backward(log_p.exp_().scatter_(1, target, 0.0), q, target)
+        teacher_gaps, teacher_gap = _gaps(teacher_logits, target, temperature)
+        q, log_sum_q = _softmax(teacher_gaps.exp())
+        gaps, gap = _gaps(student_logits, target, temperature)
+        log_ratio = teacher_gaps.sub_(gaps)  # log(q' / p') but for the sums
+        p, log_sum_p = _softmax(gaps.exp_())
+        log_ratio.sub_(log_sum_q - log_sum_p).scatter_(1, target, 0.0)
+        divergence = log_ratio.mul_(q).sum(dim=1)
+        ctx.save_for_backward(p, q, target)
         ctx.temperature, ctx.dtype = temperature, student_logits.dtype
+        teacher_log_odds = (teacher_gap - log_sum_q).squeeze(1)
         ctx.mark_non_differentiable(teacher_log_odds)
-        return log_odds, teacher_log_odds, divergence
+        return (gap - log_sum_p).squeeze(1), teacher_log_odds, divergence
 
     @staticmethod
     def backward(ctx: Any, of_log_odds: Tensor, _: Tensor, of_divergence: Tensor) -> Any:
@@ -60,15 +65,21 @@ class _Decoupling(torch.autograd.Function):
         return gradient.scatter_(1, target, of_log_odds).to(ctx.dtype), None, None, None
 
 
-def _apart(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The log-odds [B], and log p' [B, C] with 0 in the target's place."""
+def _gaps(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(u - peak) / T of the other classes [B, C] (-inf for the target) and of the target [B, 1].
+
+    The peak is the others'. It is taken off before dividing, so that the division rounds gaps.
+    """
     logits = at_least_float32(logits)
     others = logits.scatter(1, target, -torch.inf)
-    peak = others.amax(dim=1, keepdim=True)  # taken off first, so that the division rounds gaps
-    others.sub_(peak).div_(temperature)
-    rest = torch.logsumexp(others, dim=1, keepdim=True)
-    log_odds = (logits.gather(1, target) - peak) / temperature - rest
-    return log_odds.squeeze(1), others.sub_(rest).scatter_(1, target, 0.0)
+    peak = others.amax(dim=1, keepdim=True)
+    return others.sub_(peak).div_(temperature), (logits.gather(1, target) - peak) / temperature
+
+
+def _softmax(exponentials: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, C] divided (in place) by each row's sum, and the logarithm of that sum, [B, 1]."""
+    total = exponentials.sum(dim=1, keepdim=True)
+    return exponentials.div_(total), total.log()
 
 
 def non_target_logits(logits: Tensor, target: Tensor) -> Tensor:

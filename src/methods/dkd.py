@@ -61,8 +61,9 @@ class DKD(Method):
     def terms(self, batch: Batch) -> dict[str, Tensor]:
         """CE on the student's own logits, all distillation on its logits for distillation."""
         student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
+        labels = cross_entropy(batch)  # first, so that its gradient comes last, when p' and q' are no longer kept
         decoupled = decouple(student, teacher, batch.target, self.temperature)
-        return {"cross_entropy": cross_entropy(batch), **self.distillation(decoupled)}
+        return {"cross_entropy": labels, **self.distillation(decoupled)}
 
     def distillation(self, decoupled: Decoupled) -> dict[str, Tensor]:
         """TCKD and NCKD."""

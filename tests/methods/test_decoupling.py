@@ -42,6 +42,15 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda u: decouple(u, teacher, target, 2.0)[::2], student)
 
 
+def test_two_arrays_are_kept_for_the_gradient():
+    student, teacher, target = random_case(100, torch.float32)
+    student.requires_grad_()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        decouple(student, teacher, target, 2.0)
+    assert sum(kept) == 2 * student.numel() + len(target)
+
+
 def test_inputs_stay_as_they_are():
     student, teacher, target = random_case(5, torch.float32)
     before = student.clone(), teacher.clone()
