@@ -201,7 +201,7 @@ def agreement(classes: Mapping[str, np.ndarray]) -> Figure:
 
 def _folded(text: str, width: int = 22) -> str:
     """A long name on several lines."""
-    return textwrap.fill(text, width)
+    return textwrap.fill(text, width, break_long_words=False)
 
 
 def _apart(heights: Sequence[float], limits: tuple[float, float]) -> list[float]:
