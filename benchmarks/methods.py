@@ -34,6 +34,14 @@ TRAIN_SIZE = 50_000
 """CIFAR-100's: a memory bank has as many rows."""
 
 
+def random_images(file: Path, count: int, classes: int, tested: int) -> None:
+    """Write an array file of so many training images of CIFAR's size; the first of them are the test images."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(count) % classes
+    test: dict[str, np.ndarray] = {"test_images": images[:tested], "test_labels": labels[:tested]}
+    save_arrays(file, train_images=images, train_labels=labels, **test)
+
+
 def configured(method: str, model: str, file: Path, batch_size: int) -> DictConfig:
     """What `python -m src.train` would do by this method."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -81,11 +89,7 @@ def rows(methods: list[str], model: str, batch_size: int, rounds: int) -> Iterat
     """A row a method: name, year, uses, extra parameters, cost, settings."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "random.npz"
-        random = np.random.default_rng(0)
-        labels = np.arange(TRAIN_SIZE) % CLASSES
-        images = random.integers(0, 256, (TRAIN_SIZE, 32, 32, 3), dtype=np.uint8)
-        test: dict[str, np.ndarray] = {"test_images": images[:CLASSES], "test_labels": labels[:CLASSES]}
-        save_arrays(file, train_images=images, train_labels=labels, **test)
+        random_images(file, TRAIN_SIZE, CLASSES, CLASSES)
         kd_cfg = configured("kd", model, file, batch_size)
         data = make_data(kd_cfg)
         kd = step_of(*distiller_of(kd_cfg, data))

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from benchmarks.methods import configured
+from benchmarks.methods import configured, random_images
 from src.analysis.predictions import macs
 from src.assemble import make_data, make_distiller, make_logger, make_parts, make_trainer
 from src.config import build
@@ -54,6 +54,8 @@ from src.train import train
 from src.view_store import ViewStore
 
 CLASSES = 100
+TESTED = 500
+"""Test images."""
 PAIRS = {"wrn40_2_to_wrn16_2": 0.7, "resnet32x4_to_resnet8x4": 0.55}
 """And how long a sweep with the store may take beside one without it."""
 SMALLEST = "resnet20_to_resnet8"
@@ -149,23 +151,18 @@ def milliseconds(found: Mapping[str, Sequence[float]]) -> str:
 
 def images_file(folder: Path, count: int) -> Path:
     """An array file of so many training images: CIFAR-100's first, or random ones."""
-    file = folder / "images.npz"
-    if real := real_images():
-        arrays = load_arrays(real)
-        train_images, train_labels = arrays.train_images, arrays.train_labels
-        test_images, test_labels = arrays.test_images, arrays.test_labels
-        contents = {"train": (train_images, train_labels), "test": (test_images, test_labels)}
-        parts = {
-            name: (images.permute(0, 2, 3, 1).numpy(), labels.numpy()) for name, (images, labels) in contents.items()
-        }
-    else:
-        images, labels = random_images(max(count, 1000), CLASSES)
-        parts = {"train": (images, labels), "test": (images, labels)}
-    chosen = {name: _balanced(labels, count if name == "train" else 500) for name, (_, labels) in parts.items()}
+    file, real = folder / "images.npz", real_images()
+    if real is None:
+        random_images(file, max(count, TESTED), CLASSES, TESTED)
+        return file
+    arrays = load_arrays(real)
+    chosen, tested = _balanced(arrays.train_labels.numpy(), count), _balanced(arrays.test_labels.numpy(), TESTED)
     save_arrays(
         file,
-        **{f"{name}_images": images[chosen[name]] for name, (images, _) in parts.items()},
-        **{f"{name}_labels": labels[chosen[name]] for name, (_, labels) in parts.items()},
+        train_images=arrays.train_images[chosen].permute(0, 2, 3, 1).numpy(),
+        train_labels=arrays.train_labels[chosen].numpy(),
+        test_images=arrays.test_images[tested].permute(0, 2, 3, 1).numpy(),
+        test_labels=arrays.test_labels[tested].numpy(),
     )
     return file
 
@@ -174,12 +171,6 @@ def real_images() -> Path | None:
     """CIFAR-100 where AEKT_DATA has it."""
     file = Path(os.environ.get("AEKT_DATA", "")) / "cifar100.npz"
     return file if "AEKT_DATA" in os.environ and file.is_file() else None
-
-
-def random_images(count: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise of CIFAR's size, and its labels."""
-    random = np.random.default_rng(0)
-    return random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % classes
 
 
 def _balanced(labels: np.ndarray, count: int) -> np.ndarray:
@@ -229,25 +220,22 @@ def endless(data: ArrayData, batches: int) -> Iterator[Samples]:
             yield data.augment(batch, 0)
 
 
-def stepper(
-    distiller: Distiller, data: ArrayData, mixed: bool = False, batches: int | None = None
-) -> Callable[[], None]:
-    """A step in a bare loop, from the next batch on; those of the whole epoch or so many of it take turns."""
+def training(place: Place, distiller: Distiller, data: ArrayData, mixed: bool = False) -> Callable[[], float]:
+    """Seconds of one of so many steps in a bare loop, each call from the next batch on."""
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
-    different = min(epoch_length(data), batches or epoch_length(data))
-    shown = endless(data, different)
+    batches = endless(data, place.options.batches)
 
     def step() -> None:
-        batch = next(shown)
+        batch = next(batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = distiller.training_step(batch, 0)
         optimizer.zero_grad()
         distiller.method.backward(loss, distiller.weighted_terms)
         optimizer.step()
 
-    for _ in range(different):  # what can be stored is
+    for _ in range(place.options.batches):  # what can be stored is
         step()
-    return step
+    return lambda: seconds(step, place.options.steps)
 
 
 def epoch_length(data: ArrayData) -> int:
@@ -312,14 +300,11 @@ def plain_window(student: nn.Module, teacher: nn.Module, loader: DataLoader[Any]
 def step_stored(place: Place) -> Iterator[Row]:
     """A step with the teacher's answers stored, against the student alone."""
     for model, batch_size in itertools.product(place.options.pairs, place.options.batch_sizes):
-        steps = {
-            "stored": stepper(*make(place, "aekt", model, batch_size, stored=True)[1:]),
-            "alone": stepper(*make(place, "vanilla", model, batch_size)[1:]),
+        sides = {
+            "stored": training(place, *make(place, "aekt", model, batch_size, stored=True)[1:]),
+            "alone": training(place, *make(place, "vanilla", model, batch_size)[1:]),
         }
-        found = interleaved(
-            {name: lambda step=step: seconds(step, place.options.steps) for name, step in steps.items()},  # type: ignore[misc]
-            place.options.rounds,
-        )
+        found = interleaved(sides, place.options.rounds)
         ratios = over(found["stored"], found["alone"])
         yield Row(
             "a step, answers stored",
@@ -335,14 +320,11 @@ def compiled(place: Place) -> Iterator[Row]:
     """A step of the student alone by torch.compile, against the same without."""
     for model in place.options.pairs:
         batch_size = place.options.batch_sizes[0]
-        steps = {
-            name: stepper(*make(place, "vanilla", model, batch_size, compiled=name == "compiled")[1:])
+        sides = {
+            name: training(place, *make(place, "vanilla", model, batch_size, compiled=name == "compiled")[1:])
             for name in ("compiled", "as it is")
         }
-        found = interleaved(
-            {name: lambda step=step: seconds(step, place.options.steps) for name, step in steps.items()},  # type: ignore[misc]
-            place.options.rounds,
-        )
+        found = interleaved(sides, place.options.rounds)
         ratios = over(found["compiled"], found["as it is"])
         yield Row("a compiled step, alone", "as it is", f"{model}, {batch_size}", ratios, "", milliseconds(found))
 
@@ -358,8 +340,7 @@ def step_plain(place: Place) -> Iterator[Row]:
         sides: dict[str, Callable[[], float]] = {}
         for kind, how in kinds.items():
             cfg, distiller, data = make(place, "dkd", model, batch_size, **how)
-            step = stepper(distiller, data, mixed=kind == "bfloat16")
-            sides[kind] = lambda step=step: seconds(step, place.options.steps)  # type: ignore[misc]
+            sides[kind] = training(place, distiller, data, mixed=kind == "bfloat16")
         student, teacher = (make_network(cfg.model[role], "model", CLASSES) for role in ("student", "teacher"))
         loader = torchvision_loader(data, batch_size, 2 + place.options.steps // epoch_length(data))
         sides["customary"] = lambda: plain_window(student.train(), teacher.eval(), loader, place.options.steps)
@@ -368,7 +349,8 @@ def step_plain(place: Place) -> Iterator[Row]:
         taught, asked = (macs(network.eval(), torch.zeros(1, 3, 32, 32)) for network in (student, teacher))
         for kind in kinds:
             operations = 2 * batch_size * (3 * taught + (0 if kind == "stored" else asked))  # backward is twice forward
-            least = operations / 1e9 / getattr(place.hardware, "bfloat16" if kind == "bfloat16" else "float32")
+            rate = place.hardware.bfloat16 if kind == "bfloat16" else place.hardware.float32
+            least = operations / 1e9 / rate
             what = "a step, answers stored" if kind == "stored" else f"a step, nothing stored, {kind}"
             yield Row(
                 what,
@@ -400,7 +382,7 @@ def loop(place: Place) -> Iterator[Row]:
     """Lightning's loop as the command runs it, with CSV logger and progress bar, against a bare one."""
     for model, batch_size in itertools.product((*place.options.pairs, SMALLEST), place.options.batch_sizes[:1]):
         cfg, distiller, data = make(place, "aekt", model, batch_size, stored=True)
-        step = stepper(*make(place, "aekt", model, batch_size, stored=True)[1:])
+        bare = training(place, *make(place, "aekt", model, batch_size, stored=True)[1:])
         warm_up = epoch_length(data)
         cfg.logger = OmegaConf.load(ROOT / "conf" / "logger" / "csv.yaml")
         # every epoch shows the views of the first: all are stored, as in the bare loop
@@ -423,8 +405,7 @@ def loop(place: Place) -> Iterator[Row]:
                 trainer.fit(distiller, datamodule=data)
             return clock.seconds
 
-        sides = {"Lightning": through_lightning, "bare": lambda: seconds(step, place.options.steps)}
-        found = interleaved(sides, place.options.rounds)
+        found = interleaved({"Lightning": through_lightning, "bare": bare}, place.options.rounds)
         yield Row(
             "the loop through Lightning",
             "a bare loop",
@@ -446,7 +427,7 @@ def data(place: Place) -> Iterator[Row]:
     """Images through gather, crop, flip and normalise, against torchvision."""
     for batch_size in place.options.batch_sizes:
         source = make(place, "vanilla", SMALLEST, batch_size)[2]
-        ours = endless(source, epoch_length(source))
+        ours = endless(source, place.options.batches)
         batches = 20
         loader = torchvision_loader(source, batch_size, 2 + 2 * batches // epoch_length(source))
 
@@ -678,29 +659,18 @@ def scale(place: Place) -> Iterator[Row]:
     """A step of AEKT as data, classes and teacher grow, against the smallest of each."""
     batch_size = place.options.batch_sizes[0]
 
-    def side(model: str, images: Path, train_size: int, stored: bool) -> Callable[[], float]:
-        there = place._replace(images=images)
-        _, distiller, data = make(there, "aekt", model, batch_size, stored=stored, train_size=train_size)
-        step = stepper(distiller, data, batches=place.options.batches)
-        return lambda: seconds(step, place.options.steps)
-
-    def noise(count: int, classes: int) -> Path:
-        file = place.folder / f"{count}-{classes}.npz"
-        images, labels = random_images(count, classes)
-        save_arrays(file, train_images=images, train_labels=labels, test_images=images[:classes],
-                    test_labels=labels[:classes])  # fmt: skip
-        return file
+    def side(model: str, count: int, classes: int, stored: bool) -> Callable[[], float]:
+        there = place._replace(images=place.folder / f"{count}-{classes}.npz")
+        random_images(there.images, count, classes, classes)
+        return training(place, *make(there, "aekt", model, batch_size, stored=stored, train_size=count)[1:])
 
     images, classes, teachers = (1_000, 10_000, 50_000), (10, 100, 1_000), (56, 110)
     axes = {
-        "images, answers stored": {f"{count:,}": side(SMALLEST, noise(count, 100), count, True) for count in images},
-        "classes, answers stored": {
-            f"{count:,}": side(SMALLEST, noise(5_000, count), 5_000, True) for count in classes
-        },
+        "images, answers stored": {f"{count:,}": side(SMALLEST, count, 100, True) for count in images},
+        "classes, answers stored": {f"{count:,}": side(SMALLEST, 5_000, count, True) for count in classes},
         **{
             f"teacher, {'answers' if stored else 'nothing'} stored": {
-                f"resnet{depth}": side(f"resnet{depth}_to_resnet20", noise(1_000, 100), 1_000, stored)
-                for depth in teachers
+                f"resnet{depth}": side(f"resnet{depth}_to_resnet20", 1_000, 100, stored) for depth in teachers
             }
             for stored in (True, False)
         },

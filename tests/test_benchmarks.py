@@ -34,4 +34,4 @@ def test_a_method_is_timed_against_kd() -> None:
         [sys.executable, "-m", "benchmarks.methods", "vanilla", "--rounds", "1", "--batch-size", "8"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert run.stdout.splitlines()[-1].startswith("| vanilla | - |")
+    assert run.stdout.rstrip().splitlines()[-1].startswith("| vanilla | - |")
