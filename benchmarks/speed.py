@@ -195,6 +195,7 @@ def make(
     """What `python -m src.train` would train by this method, with networks of fresh weights."""
     cfg = configured(method, model, place.images, batch_size)
     cfg.data.train_size = train_size or max(place.options.batches * batch_size, CLASSES)
+    cfg.winograd = cfg.teacher.winograd = place.options.winograd
     data = make_data(cfg)
     parts = make_parts(cfg, data)
     teacher = None
@@ -351,6 +352,10 @@ def step_plain(place: Place) -> Iterator[Row]:
             operations = 2 * batch_size * (3 * taught + (0 if kind == "stored" else asked))  # backward is twice forward
             rate = place.hardware.bfloat16 if kind == "bfloat16" else place.hardware.float32
             least = operations / 1e9 / rate
+            limit = (
+                f"; its products alone at the machine's rate {1000 * least:.1f} ms: at most "
+                f"{statistics.median(found['customary']) / least:.3g}"
+            )
             what = "a step, answers stored" if kind == "stored" else f"a step, nothing stored, {kind}"
             yield Row(
                 what,
@@ -359,8 +364,7 @@ def step_plain(place: Place) -> Iterator[Row]:
                 over(found["customary"], found[kind]),
                 f"speed >= {targets[kind]}",
                 milliseconds({name: found[name] for name in (kind, "customary")})
-                + f"; its products alone at the machine's rate {1000 * least:.1f} ms: at most "
-                f"{statistics.median(found['customary']) / least:.3g}",
+                + ("" if place.options.winograd else limit),
             )
 
 
@@ -545,6 +549,7 @@ def trained(place: Place, runs: str, method: str, model: str, seed: int, *, stor
     cfg.teacher.path, cfg.teacher.view_store, cfg.teacher.fold = str(file), stored, True
     cfg.trainer.accelerator, cfg.trainer.enable_progress_bar = "cpu", False
     cfg.trainer.precision = place.options.precision
+    cfg.winograd = cfg.teacher.winograd = place.options.winograd
     return seconds(lambda: train(cfg))
 
 
@@ -609,20 +614,25 @@ def teacher(place: Place) -> Iterator[Row]:
         network = make_network(cfg.model.teacher, "model", CLASSES)
         known = settle(network, cfg.model.teacher, source)
         forms = {
-            f"{precision}{', folded' * fold}{', contiguous' * contiguous}": (precision, fold, contiguous)
+            f"{precision}{', folded' * fold}{', contiguous' * contiguous}{', winograd' * winograd}": (
+                precision, fold, contiguous, winograd,
+            )
             for precision in ("float32", "bfloat16")[: 1 + place.options.bfloat16]
             for fold in (False, True)
             for contiguous in (False, True)
-        }
+            for winograd in (False, True)[: 1 + (precision == "float32" and not contiguous)]
+        }  # fmt: skip
         images = source.evaluation_loader("test")
         views = next(iter(images)).images[0][:256]
         sides, answers = {}, {}
-        for name, (precision, fold, contiguous) in forms.items():
+        for name, (precision, fold, contiguous, winograd) in forms.items():
             made = make_network(cfg.model.teacher, "model", CLASSES)
             made.load_state_dict(network.state_dict())
             asked = Teacher(made, source.mean, source.std, precision=precision)
             if fold:
                 asked.fold(source.image_shape)
+            if winograd:
+                asked.use_winograd()
             asked.to(torch.device("cpu"), torch.contiguous_format if contiguous else torch.channels_last)
             answers[name] = asked.logits(views).argmax(dim=1)
             sides[name] = lambda asked=asked: seconds(lambda: asked._asked(views[:64]))
@@ -708,6 +718,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="of the epoch that is repeated")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--bfloat16", action="store_true", help="too: a step takes minutes where the CPU lacks it")
+    parser.add_argument("--winograd", action="store_true", help="teacher and student compute by Winograd's algorithm")
     parser.add_argument("--precision", default="32-true", help="trainer.precision of the sweep and of memory")
     parser.add_argument("--sweep-images", type=int, default=500, help="2000 for the full one")
     parser.add_argument("--sweep-epochs", type=int, default=2, help="20 for the full one")

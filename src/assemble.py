@@ -100,6 +100,7 @@ def make_distiller(
         channels_last=cfg.channels_last,
         standardize_logits=cfg.standardize_logits,
         compiled=cfg.compile,
+        winograd=cfg.winograd,
     )
 
 

@@ -111,6 +111,7 @@ class Teacher:
     train_if_missing: bool = True
     precision: str | None = None
     fold: bool = False
+    winograd: bool = False
     view_store: bool = False
     answer_dtype: str = "float32"
     store_gigabytes: float = 100
@@ -155,6 +156,7 @@ class Train:
     seed: int = 0
     channels_last: bool = True
     compile: bool = False
+    winograd: bool = False
     runs: str = "runs"
     checkpoint_minutes: float = 10
     start_over: bool = False
@@ -245,6 +247,16 @@ def check_ranges(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, option)
         if value is not None and len(value) != 3:
             raise UserError(f"{option}={value} does not fit: give one number for each of 3 channels.")
+    _check_winograd(cfg)
+
+
+def _check_winograd(cfg: DictConfig) -> None:
+    if cfg.winograd and cfg.compile:
+        raise UserError("winograd=true is not for a student of compile=true: leave one of them out.")
+    precisions = {"winograd": cfg.trainer.precision, "teacher.winograd": cfg.teacher.precision or cfg.trainer.precision}
+    for option, precision in precisions.items():
+        if OmegaConf.select(cfg, option) and precision not in ("32-true", "float32"):
+            raise UserError(f"{option}=true computes in float32 and does not fit the precision {precision}.")
 
 
 def build(node: DictConfig, group: str, **arguments: Any) -> Any:

@@ -153,6 +153,8 @@ def frozen(cfg: DictConfig, data: ImageData, network: Network, facts: dict[str, 
     )
     if cfg.teacher.fold:
         teacher.fold(data.image_shape)
+    if cfg.teacher.winograd:
+        teacher.use_winograd()
     outputs = teacher.shapes(data.image_shape).logits
     teacher.class_index = class_index(facts.get("class_names"), outputs, data.class_names)
     return teacher

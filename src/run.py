@@ -121,7 +121,8 @@ def code_digest(modules: Iterable[str]) -> str:
         module = waiting.pop()
         if module in seen:
             continue
-        tree = ast.parse((PACKAGE.parent / module.replace(".", "/")).with_suffix(".py").read_text())
+        file = (PACKAGE.parent / module.replace(".", "/")).with_suffix(".py")
+        tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("src."):
                 waiting.append(node.module or "")
@@ -129,6 +130,8 @@ def code_digest(modules: Iterable[str]) -> str:
             if isinstance(body, list):
                 node.body = [part for part in body if not _is_string(part)]  # type: ignore[attr-defined]
         seen[module] = ast.dump(tree, **options).replace(", type_params=[]", "")
+        if (kernels := file.with_suffix(".cpp")).is_file():
+            seen[kernels.name] = kernels.read_text()
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()
 
 

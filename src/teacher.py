@@ -23,6 +23,7 @@ from src.models.checkpoints import weights_digest
 from src.models.folding import fold_batch_norms
 from src.models.network import Network, Output, Shapes, shapes
 from src.models.preactivations import forward_features
+from src.models.winograd import use_winograd
 from src.view_store import ViewStore
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Teacher:
         self.class_index = list(class_index) if class_index is not None else None
         self.precision, self.answer_dtype = precision, answer_dtype
         self.memory_format = torch.contiguous_format
-        self.folded = 0
+        self.folded = self.winograd = 0
         self.digest = self.digest_in_use = weights_digest(network)
         self.store: ViewStore | None = None
 
@@ -72,6 +73,8 @@ class Teacher:
         decides: tuple[Any, ...] = (self.digest, self.mean, self.std, self.image_size, self.class_index)
         if self.precision or self.folded:
             decides += (self.precision, self.folded)
+        if self.winograd:
+            decides += ("winograd", self.winograd)
         return hashlib.sha256(repr(decides).encode()).hexdigest()
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
@@ -83,6 +86,10 @@ class Teacher:
         """Fold its batch norms into its convolutions, for views of this shape [3, H, W]: answers change by rounding."""
         self.folded = fold_batch_norms(self.network, self._seen(image_shape))
         self.digest_in_use = weights_digest(self.network)
+
+    def use_winograd(self) -> None:
+        """Compute the convolutions that it fits by Winograd's algorithm: answers change by rounding."""
+        self.winograd = use_winograd(self.network, frozen=True)
 
     def check_unchanged(self) -> None:
         """Raise `UserError` where its weights are no longer those it was loaded with."""

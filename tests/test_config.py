@@ -430,6 +430,8 @@ def test_the_folder_of_runs_is_no_identity() -> None:
         "trainer.precision=bf16-mixed",
         "channels_last=false",
         "compile=true",
+        "winograd=true",
+        "teacher.winograd=true",
         "teacher.precision=bfloat16",
         "teacher.fold=true",
         "teacher.answer_dtype=float16",

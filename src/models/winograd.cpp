@@ -1,0 +1,351 @@
+// 3x3 convolutions of stride 1, padded by 1, as F(4x4, 3x3): A. Lavin and S. Gray, Fast Algorithms for Convolutional
+// Neural Networks, CVPR 2016. A tile of 4x4 outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A, with x the
+// 6x6 inputs it sees: at each of 36 points a matrix product over the channels, 36 products where 144 were.
+//
+// Images are [N, H, W, channels], weights [outputs, 3, 3, inputs], float32; channels come in panels of 16:
+//   points of a block of tiles  [36][channels / 16][block][16]  (planes apart by a panel's row more, for the cache)
+//   points of a weight          [36][outputs / 16][inputs][16]
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX__
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+typedef float Vector __attribute__((vector_size(BYTES)));
+
+using Size = std::int64_t;
+constexpr int LANES = BYTES / sizeof(float), PANEL = 16, VECTORS = PANEL / LANES, POINTS = 36;
+constexpr Size ROWS = 4;  // of a matrix product that is held in registers
+
+Vector load(const float* from) {
+  Vector value;
+  std::memcpy(&value, from, BYTES);
+  return value;
+}
+
+void store(Vector value, float* to) { std::memcpy(to, &value, BYTES); }
+
+// The one-dimensional transforms
+
+struct InputPoints {  // B^T
+  static void apply(const Vector x[6], Vector out[6]) {
+    const Vector even = x[4] - 4.f * x[2], odd = x[3] - 4.f * x[1];
+    const Vector far_even = x[4] - x[2], far_odd = 2.f * (x[3] - x[1]);
+    out[0] = 4.f * x[0] - 5.f * x[2] + x[4];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    out[3] = far_even + far_odd;
+    out[4] = far_even - far_odd;
+    out[5] = 4.f * x[1] - 5.f * x[3] + x[5];
+  }
+};
+
+struct Outputs {  // A^T
+  static void apply(const Vector m[6], Vector out[4]) {
+    const Vector sum = m[1] + m[2], difference = m[1] - m[2], far_sum = m[3] + m[4], far_difference = m[3] - m[4];
+    out[0] = m[0] + sum + far_sum;
+    out[1] = difference + 2.f * far_difference;
+    out[2] = sum + 4.f * far_sum;
+    out[3] = difference + 8.f * far_difference + m[5];
+  }
+};
+
+struct GradientPoints {  // A
+  static void apply(const Vector y[4], Vector out[6]) {
+    const Vector even = y[0] + y[2], odd = y[1] + y[3];
+    const Vector far_even = y[0] + 4.f * y[2], far_odd = 2.f * y[1] + 8.f * y[3];
+    out[0] = y[0];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    out[3] = far_even + far_odd;
+    out[4] = far_even - far_odd;
+    out[5] = y[3];
+  }
+};
+
+struct WeightPoints {  // G
+  static void apply(const Vector w[3], Vector out[6]) {
+    const Vector even = (w[0] + w[2]) / 6.f, odd = w[1] / 6.f;
+    const Vector far_even = w[0] / 24.f + w[2] / 6.f, far_odd = w[1] / 12.f;
+    out[0] = w[0] / 4.f;
+    out[1] = -even - odd;
+    out[2] = odd - even;
+    out[3] = far_even + far_odd;
+    out[4] = far_even - far_odd;
+    out[5] = w[2];
+  }
+};
+
+struct WeightGradient {  // G^T
+  static void apply(const Vector u[6], Vector out[3]) {
+    const Vector sum = (u[1] + u[2]) / 6.f, far_sum = u[3] + u[4];
+    out[0] = u[0] / 4.f - sum + far_sum / 24.f;
+    out[1] = (u[2] - u[1]) / 6.f + (u[3] - u[4]) / 12.f;
+    out[2] = far_sum / 6.f - sum + u[5];
+  }
+};
+
+// Along the columns, then along the rows.
+template <typename Transform, int IN, int OUT>
+void both_ways(const Vector in[IN][IN], Vector out[OUT][OUT]) {
+  Vector half[OUT][IN];
+#pragma GCC unroll 6
+  for (int column = 0; column < IN; ++column) {
+    Vector from[IN], to[OUT];
+#pragma GCC unroll 6
+    for (int row = 0; row < IN; ++row) from[row] = in[row][column];
+    Transform::apply(from, to);
+#pragma GCC unroll 6
+    for (int row = 0; row < OUT; ++row) half[row][column] = to[row];
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < OUT; ++row) Transform::apply(half[row], out[row]);
+}
+
+// Tiles
+
+struct Images {
+  Size count, height, width;
+  Size down() const { return (height + 3) / 4; }
+  Size across() const { return (width + 3) / 4; }
+  Size tiles() const { return count * down() * across(); }
+};
+
+struct Corner {  // of a tile's outputs
+  Size image, row, column;
+  Corner(const Images& images, Size tile)
+      : image(tile / (images.down() * images.across())),
+        row(4 * (tile / images.across() % images.down())),
+        column(4 * (tile % images.across())) {}
+};
+
+Size offset(const Images& images, Size image, Size row, Size column) {
+  return (image * images.height + row) * images.width + column;
+}
+
+bool inside(const Images& images, Size row, Size column) {
+  return row >= 0 && row < images.height && column >= 0 && column < images.width;
+}
+
+Size plane(Size channels, Size block) { return channels * block + PANEL; }
+
+float* panel_row(float* points, Size channel, Size block, Size tile) {
+  return points + (channel / PANEL * block + tile) * PANEL + channel % PANEL;
+}
+
+// Points of `count` tiles; SIDE x SIDE pixels each, from BEFORE pixels before its corner; zeros outside of the images.
+template <typename Transform, int SIDE, int BEFORE>
+void to_points(const float* pixels, const Images& images, Size channels, Size first, Size count, Size block,
+               const float* zeros, float* points) {
+  const Size apart = plane(channels, block);
+  for (Size tile = 0; tile < count; ++tile) {
+    const Corner corner(images, first + tile);
+    const float* from[SIDE][SIDE];
+    for (int i = 0; i < SIDE; ++i)
+      for (int j = 0; j < SIDE; ++j) {
+        const Size row = corner.row + i - BEFORE, column = corner.column + j - BEFORE;
+        from[i][j] = inside(images, row, column)
+                         ? pixels + offset(images, corner.image, row, column) * channels : zeros;
+      }
+    for (Size channel = 0; channel < channels; channel += LANES) {
+      Vector in[SIDE][SIDE], out[6][6];
+#pragma GCC unroll 6
+      for (int i = 0; i < SIDE; ++i)
+#pragma GCC unroll 6
+        for (int j = 0; j < SIDE; ++j) in[i][j] = load(from[i][j] + channel);
+      both_ways<Transform, SIDE, 6>(in, out);
+      float* to = panel_row(points, channel, block, tile);
+#pragma GCC unroll 36
+      for (int point = 0; point < POINTS; ++point) store(out[point / 6][point % 6], to + point * apart);
+    }
+  }
+}
+
+void to_images(float* points, const Images& images, Size channels, Size first, Size count, Size block,
+               const float* bias, float* pixels) {
+  const Size apart = plane(channels, block);
+  for (Size tile = 0; tile < count; ++tile) {
+    const Corner corner(images, first + tile);
+    const Size rows = std::min<Size>(4, images.height - corner.row);
+    const Size columns = std::min<Size>(4, images.width - corner.column);
+    float* to = pixels + offset(images, corner.image, corner.row, corner.column) * channels;
+    for (Size channel = 0; channel < channels; channel += LANES) {
+      const float* from = panel_row(points, channel, block, tile);
+      Vector in[6][6], out[4][4];
+#pragma GCC unroll 36
+      for (int point = 0; point < POINTS; ++point) in[point / 6][point % 6] = load(from + point * apart);
+      both_ways<Outputs, 6, 4>(in, out);
+      const Vector added = bias ? load(bias + channel) : Vector{};
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) store(out[i][j] + added, to + (i * images.width + j) * channels + channel);
+    }
+  }
+}
+
+// out[row][16] (+)= sum over i of left(row, i) right[i][16], where i runs through `outer` times `inner` values.
+template <bool ADD>
+void product(const float* left, Size between_rows, Size between_inner, Size between_outer, Size outer, Size inner,
+             const float* right, float* out) {
+  Vector sums[ROWS][VECTORS];
+#pragma GCC unroll 4
+  for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) sums[row][v] = ADD ? load(out + row * PANEL + v * LANES) : Vector{};
+  for (Size o = 0; o < outer; ++o, left += between_outer) {
+    const float* value = left;
+    for (Size i = 0; i < inner; ++i, value += between_inner, right += PANEL) {
+      Vector factors[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) factors[v] = load(right + v * LANES);
+#pragma GCC unroll 4
+      for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sums[row][v] += value[row * between_rows] * factors[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < ROWS; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) store(sums[row][v], out + row * PANEL + v * LANES);
+}
+
+Size up(Size value, Size step) { return (value + step - 1) / step * step; }
+
+// Tiles of a block: at most `most`, as many blocks for each thread.
+Size block_size(Size tiles, Size most, Size threads) {
+  const Size blocks = up((tiles + most - 1) / most, threads);
+  return up((tiles + blocks - 1) / blocks, ROWS);
+}
+
+constexpr Size FEW = 32, MANY = 64;  // tiles of a block: those of the gradient spare passes over its sums
+
+// Threads that get enough to do: each holds its own sums of a weight's gradient.
+Size sharing(Size tiles, Size threads) { return std::min(threads, (tiles + FEW - 1) / FEW); }
+
+struct Share {  // of one thread: blocks from `begin` to before `end`
+  Size begin, end;
+  Share(Size tiles, Size block, Size thread, Size threads) {
+    const Size blocks = (tiles + block - 1) / block;
+    begin = thread * blocks / threads;
+    end = (thread + 1) * blocks / threads;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Floats that `convolve` and `weight_gradient` want for their work.
+Size convolve_work(Size count, Size height, Size width, Size inputs, Size outputs, Size threads) {
+  const Size tiles = Images{count, height, width}.tiles(), shares = sharing(tiles, threads);
+  const Size block = block_size(tiles, FEW, shares);
+  return shares * POINTS * (plane(inputs, block) + plane(outputs, block));
+}
+
+Size weight_gradient_work(Size count, Size height, Size width, Size inputs, Size outputs, Size threads) {
+  const Size tiles = Images{count, height, width}.tiles(), shares = sharing(tiles, threads);
+  const Size block = block_size(tiles, MANY, shares);
+  return shares * POINTS * (plane(inputs, block) + plane(outputs, block) + inputs * outputs);
+}
+
+// Points of a weight; `turned`: of the weight that takes gradients back, from its outputs to its inputs.
+void weight_points(const float* weight, Size inputs, Size outputs, Size turned, Size threads, float* points) {
+  const Size from = turned ? outputs : inputs, to = turned ? inputs : outputs;
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (Size panel = 0; panel < to / PANEL; ++panel)
+    for (Size channel = 0; channel < from; ++channel)
+      for (int v = 0; v < VECTORS; ++v) {
+        Vector in[3][3], out[6][6];
+        for (int tap = 0; tap < 9; ++tap)
+          for (int lane = 0; lane < LANES; ++lane) {
+            const Size other = panel * PANEL + v * LANES + lane;
+            const Size place = turned ? (channel * 9 + 8 - tap) * inputs + other : (other * 9 + tap) * inputs + channel;
+            in[tap / 3][tap % 3][lane] = weight[place];
+          }
+        both_ways<WeightPoints, 3, 6>(in, out);
+        for (int point = 0; point < POINTS; ++point)
+          store(out[point / 6][point % 6],
+                points + ((point * (to / PANEL) + panel) * from + channel) * PANEL + v * LANES);
+      }
+}
+
+// `bias` [outputs] or null.
+void convolve(const float* input, Size count, Size height, Size width, Size inputs, const float* weights,
+              const float* bias, Size outputs, Size threads, float* work, float* output) {
+  const Images images{count, height, width};
+  const Size tiles = images.tiles(), shares = sharing(tiles, threads), block = block_size(tiles, FEW, shares);
+  const Size seen = plane(inputs, block), made = plane(outputs, block), panels = outputs / PANEL;
+  const std::vector<float> zeros(inputs);
+#pragma omp parallel for num_threads(shares) schedule(static, 1)
+  for (Size thread = 0; thread < shares; ++thread) {
+    float* left = work + thread * POINTS * (seen + made);
+    float* products = left + POINTS * seen;
+    const Share share(tiles, block, thread, shares);
+    for (Size number = share.begin; number < share.end; ++number) {
+      const Size first = number * block, tiles_now = std::min(block, tiles - first);
+      to_points<InputPoints, 6, 1>(input, images, inputs, first, tiles_now, block, zeros.data(), left);
+      for (Size point = 0; point < POINTS; ++point)
+        for (Size panel = 0; panel < panels; ++panel)
+          for (Size row = 0; row < tiles_now; row += ROWS)
+            product<false>(left + point * seen + row * PANEL, PANEL, 1, block * PANEL, inputs / PANEL, PANEL,
+                           weights + (point * panels + panel) * inputs * PANEL,
+                           products + point * made + (panel * block + row) * PANEL);
+      to_images(products, images, outputs, first, tiles_now, block, bias, output);
+    }
+  }
+}
+
+// The weight's gradient, [outputs, 3, 3, inputs], from the output's gradient.
+void weight_gradient(const float* input, const float* output_gradient, Size count, Size height, Size width,
+                     Size inputs, Size outputs, Size threads, float* work, float* gradient) {
+  const Images images{count, height, width};
+  const Size tiles = images.tiles(), shares = sharing(tiles, threads), block = block_size(tiles, MANY, shares);
+  const Size seen = plane(inputs, block), sent = plane(outputs, block), panels = outputs / PANEL;
+  const Size sum = POINTS * inputs * outputs;
+  float* sums = work + shares * POINTS * (seen + sent);
+  const std::vector<float> zeros(std::max(inputs, outputs));
+#pragma omp parallel for num_threads(shares) schedule(static, 1)
+  for (Size thread = 0; thread < shares; ++thread) {
+    float* left = work + thread * POINTS * (seen + sent);
+    float* right = left + POINTS * seen;
+    float* out = sums + thread * sum;
+    std::fill(out, out + sum, 0.f);
+    const Share share(tiles, block, thread, shares);
+    for (Size number = share.begin; number < share.end; ++number) {
+      const Size first = number * block, tiles_now = std::min(block, tiles - first);
+      to_points<InputPoints, 6, 1>(input, images, inputs, first, tiles_now, block, zeros.data(), left);
+      to_points<GradientPoints, 4, 0>(output_gradient, images, outputs, first, tiles_now, block, zeros.data(), right);
+      for (Size point = 0; point < POINTS; ++point)
+        for (Size panel = 0; panel < panels; ++panel)
+          for (Size channel = 0; channel < inputs; channel += ROWS)
+            product<true>(panel_row(left + point * seen, channel, block, 0), 1, PANEL, 0, 1, tiles_now,
+                          right + point * sent + panel * block * PANEL,
+                          out + ((point * panels + panel) * inputs + channel) * PANEL);
+    }
+  }
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (Size panel = 0; panel < panels; ++panel)
+    for (Size channel = 0; channel < inputs; ++channel)
+      for (int v = 0; v < VECTORS; ++v) {
+        Vector in[6][6], out[3][3];
+        for (int point = 0; point < POINTS; ++point) {
+          const float* from = sums + ((point * panels + panel) * inputs + channel) * PANEL + v * LANES;
+          Vector total = load(from);
+          for (Size thread = 1; thread < shares; ++thread) total += load(from + thread * sum);
+          in[point / 6][point % 6] = total;
+        }
+        both_ways<WeightGradient, 6, 3>(in, out);
+        for (int tap = 0; tap < 9; ++tap)
+          for (int lane = 0; lane < LANES; ++lane)
+            gradient[((panel * PANEL + v * LANES + lane) * 9 + tap) * inputs + channel] = out[tap / 3][tap % 3][lane];
+      }
+}
+
+}  // extern "C"

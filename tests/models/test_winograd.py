@@ -1,0 +1,176 @@
+"""winograd=true, teacher.winograd=true: the same convolutions, quicker."""
+
+import copy
+import shutil
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from src import native
+from src.errors import UserError
+from src.models.mobilenet_v2 import MobileNetV2
+from src.models.resnet import resnet8x4
+from src.models.wide_resnet import wrn_16_2
+from src.models.winograd import SOURCE, Winograd, WinogradConv2d, check_winograd, use_winograd, weight_points
+from tests.commands import assert_refused, run
+from tests.test_view_store import kd
+from tests.tiny import same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+
+pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="winograd=true needs a C++ compiler")
+ROUNDING = 1e-5
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    height=st.integers(1, 13),
+    width=st.integers(1, 13),
+    inputs=st.sampled_from([16, 32, 48]),
+    outputs=st.sampled_from([16, 32, 64]),
+    biased=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_it_is_the_convolution_and_so_are_its_gradients(batch, height, width, inputs, outputs, biased, threads, seed):
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, inputs, height, width, generator=draw, requires_grad=True)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=draw, requires_grad=True)
+    bias = torch.randn(outputs, generator=draw, requires_grad=True) if biased else None
+    gradient = torch.randn(batch, outputs, height, width, generator=draw)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    output = Winograd.apply(images, weight, bias, None)
+    output.backward(gradient)
+    torch.set_num_threads(before)
+
+    given_values = [value for value in (images, weight, bias) if value is not None]
+    exact = [value.detach().double().requires_grad_() for value in given_values]
+    expected = F.conv2d(*exact, padding=1)
+    expected.backward(gradient.double())
+    assert output.shape == expected.shape
+    assert relative_error(output, expected) < ROUNDING
+    for value, reference in zip(given_values, exact, strict=True):
+        assert relative_error(value.grad, reference.grad) < ROUNDING
+
+
+def test_an_answer_depends_neither_on_the_batch_nor_on_the_threads():
+    images, weight = torch.randn(9, 32, 10, 6), torch.randn(16, 32, 3, 3)
+    expected = Winograd.apply(images, weight, None, None)
+    assert torch.equal(Winograd.apply(images[4:5], weight, None, None), expected[4:5])
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    several = Winograd.apply(images, weight, None, weight_points(weight))
+    torch.set_num_threads(before)
+    assert torch.equal(several, expected)
+
+
+def test_what_it_does_not_compute_stays():
+    kept = [
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding=1, stride=2),
+        nn.Conv2d(16, 16, 3, padding=2, dilation=2),
+        nn.Conv2d(16, 16, 3),
+        nn.Conv2d(16, 16, 1),
+        nn.Conv2d(16, 16, 5, padding=2),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
+        nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect"),
+        nn.ConvTranspose2d(16, 16, 3, padding=1),
+    ]
+    network = nn.Sequential(*kept, nn.Conv2d(16, 16, 3, padding=1))
+    assert use_winograd(network, frozen=False) == 1
+    assert [*network][:-1] == kept
+    assert isinstance(network[-1], WinogradConv2d)
+
+
+@pytest.mark.parametrize(("new_network", "fitting"), [(wrn_16_2, 10), (resnet8x4, 4), (MobileNetV2, 0)])
+def test_names_and_parameters_stay_and_evaluation_is_by_the_direct_sum(new_network, fitting):
+    network = new_network(4)
+    names, parameters = [*network.state_dict()], [*map(id, network.parameters())]
+    images = torch.randn(2, 3, 32, 32)
+    expected = network.eval()(images)
+    assert use_winograd(network, frozen=False) == fitting
+    assert [*network.state_dict()] == names
+    assert [*map(id, network.parameters())] == parameters
+    assert torch.equal(network(images), expected)
+
+
+def test_a_teacher_answers_up_to_rounding_and_under_a_key_of_its_own():
+    plain, teacher = tiny_teacher(), tiny_teacher()
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
+    teacher.fold((3, 16, 16))
+    folded = teacher.key
+    teacher.use_winograd()
+    assert teacher.winograd == 10
+    said, expected = teacher.logits(images), plain.logits(images)
+    assert not torch.equal(said, expected)
+    torch.testing.assert_close(said, expected, atol=1e-4, rtol=1e-4)
+    assert teacher.digest == plain.digest
+    assert len({teacher.key, folded, plain.key}) == 3
+    teacher.check_unchanged()
+    teacher.to(torch.device("cpu"), torch.channels_last)
+    torch.testing.assert_close(teacher.logits(images), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(copy.deepcopy(teacher.network).eval()(images.float()), teacher.network(images.float()))
+
+
+def test_a_student_learns_the_same_twice_and_up_to_rounding_the_same_as_without(tmp_path):
+    data = tiny_data(tmp_path, batch_size=40)  # more steps would multiply the rounding
+    plain, *others = (
+        tiny_distiller(data, kd(), teacher=tiny_teacher(), winograd=winograd) for winograd in (False, True, True)
+    )
+    for distiller in (plain, *others):
+        tiny_trainer(1).fit(distiller, datamodule=data)
+    expected, found, again = map(weights, (plain, *others))
+    assert same(found, again)
+    assert not same(found, expected)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_other_numbers_than_float32_are_not_taken():
+    with pytest.raises(TypeError, match=r"float32 on a CPU, not for torch\.float64"):
+        Winograd.apply(torch.randn(1, 16, 4, 4).double(), torch.randn(16, 16, 3, 3).double(), None, None)
+
+
+def test_a_gpu_is_refused():
+    with pytest.raises(UserError, match="winograd=true is for a CPU"):
+        check_winograd(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (["winograd=true", "compile=true"], "winograd=true is not for a student of compile=true"),
+        (["winograd=true", "trainer.precision=bf16-mixed"], "winograd=true computes in float32 and does not fit"),
+        (["teacher.winograd=true", "teacher.precision=bfloat16"], "teacher.winograd=true computes in float32"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused(tmp_path, options, phrase):
+    assert_refused(run("train", "experiment=quickstart", f"runs={tmp_path}", "trainer=cpu", *options), phrase)
+
+
+def test_a_library_is_compiled_once_and_one_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "CACHE", tmp_path / "cache")
+    compiling = native.library.__wrapped__
+    first = compiling(SOURCE)
+    assert first.convolve_work(1, 4, 4, 16, 16, 1) > 0
+    with patch.object(native, "_compile", side_effect=AssertionError("compiled again")):
+        compiling(SOURCE)
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("not C++")
+    with pytest.raises(UserError, match=r"cannot compile broken\.cpp: .*error"):
+        compiling(broken)
+    assert not [*(tmp_path / "cache").glob("*broken*.so")]
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"broken\.cpp needs a C\+\+ compiler"):
+        compiling(broken)
