@@ -1,7 +1,9 @@
 """winograd=true, teacher.winograd=true: the same convolutions, quicker."""
 
 import copy
+import os
 import shutil
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -12,11 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from src import native
+from src.data.arrays import load_arrays
 from src.errors import UserError
+from src.models.checkpoints import load_weights
 from src.models.mobilenet_v2 import MobileNetV2
-from src.models.resnet import resnet8x4
+from src.models.resnet import resnet8x4, resnet20_option_a
 from src.models.wide_resnet import wrn_16_2
 from src.models.winograd import SOURCE, Winograd, WinogradConv2d, check_winograd, use_winograd, weight_points
+from src.teacher import Teacher
 from tests.commands import assert_refused, run
 from tests.test_view_store import kd
 from tests.tiny import same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
@@ -135,6 +140,37 @@ def test_a_student_learns_the_same_twice_and_up_to_rounding_the_same_as_without(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_by_it_is_scored_the_same_again(tmp_path, array_file):
+    small = ("data=cifar10", f"data.path={array_file}", "model=resnet20_to_resnet8", "trainer=debug", "logger=none")
+    places = (f"runs={tmp_path / 'runs'}", f"teacher.store={tmp_path / 'teachers'}", "schedule.batch_size=8")
+    quick = ("winograd=true", "teacher.winograd=true", "teacher.fold=true", "teacher.view_store=true")
+    trained = run("train", *small, *places, *quick, "method=kd")
+    assert (trained.code, trained.err) == (0, ""), trained.err
+    (student,) = (tmp_path / "runs").glob("*/*/kd/*/student.pth")
+    scored = run("evaluate", f"run={student.parent}", f"data.path={array_file}")
+    assert (scored.code, scored.err) == (0, ""), scored.err
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in scored.out.splitlines() if "│" in line]
+    assert [name for name, *_ in rows] == ["accuracy", "ece", "nll", "top5", "agreement"]
+    assert all(now == reported for _, now, reported in rows)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_trained_teacher_keeps_its_answers():
+    folder = os.environ.get("AEKT_DATA")
+    if folder is None:
+        pytest.skip("AEKT_DATA names no folder with cifar10.npz and teachers/")
+    network = resnet20_option_a(10)
+    load_weights(network, Path(folder) / "teachers" / "resnet20_cifar10_option_a.th")
+    images = load_arrays(Path(folder) / "cifar10.npz").test_images[:1000]
+    teacher = Teacher(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = teacher.logits(images)
+    teacher.use_winograd()
+    said = teacher.logits(images)
+    assert torch.equal(said.argmax(dim=1), expected.argmax(dim=1))
+    torch.testing.assert_close(said, expected, atol=1e-4, rtol=0)
 
 
 def test_other_numbers_than_float32_are_not_taken():
