@@ -47,6 +47,7 @@ from src.loading import frozen, make_network
 from src.methods.method import Batch, Prediction, View
 from src.models.checkpoints import load_weights, save_weights
 from src.models.network import Network
+from src.models.winograd import use_winograd
 from src.resume import Checkpoints
 from src.run import History, needs_teacher
 from src.teacher import Teacher
@@ -198,6 +199,8 @@ def make(
     cfg.winograd = cfg.teacher.winograd = place.options.winograd
     data = make_data(cfg)
     parts = make_parts(cfg, data)
+    if cfg.winograd:
+        use_winograd(parts.student.network, frozen=False)
     teacher = None
     if needs_teacher(cfg):
         cfg.teacher.precision, cfg.teacher.fold = precision, True
@@ -634,14 +637,17 @@ def teacher(place: Place) -> Iterator[Row]:
             if winograd:
                 asked.use_winograd()
             asked.to(torch.device("cpu"), torch.contiguous_format if contiguous else torch.channels_last)
-            answers[name] = asked.logits(views).argmax(dim=1)
+            answers[name] = asked.logits(views)
             sides[name] = lambda asked=asked: seconds(lambda: asked._asked(views[:64]))
         found = interleaved(sides, 3 * place.options.rounds)
         reference = "float32, contiguous"
-        kept = {name: (answers[name] == answers[reference]).double().mean().item() for name in forms}
+        expected = answers[reference]
+        kept = {name: (answers[name].argmax(1) == expected.argmax(1)).double().mean().item() for name in forms}
         fastest = min((name for name in forms if kept[name] == 1), key=lambda name: statistics.median(found[name]))
         for name in forms:
-            note = f"{100 * kept[name]:.1f} % of top-1 answers kept" + (", recommended" if name == fastest else "")
+            off = (answers[name] - expected).abs().max() / expected.abs().max()
+            note = f"{100 * kept[name]:.1f} % of top-1 answers kept, logits within {off:.1g} of the largest"
+            note += ", recommended" if name == fastest else ""
             yield Row(
                 f"the teacher, {name}",
                 reference,

@@ -100,7 +100,6 @@ def make_distiller(
         channels_last=cfg.channels_last,
         standardize_logits=cfg.standardize_logits,
         compiled=cfg.compile,
-        winograd=cfg.winograd,
     )
 
 

@@ -21,7 +21,6 @@ from src.methods.method import Batch, Method, Prediction, View
 from src.metrics import scores
 from src.models.network import Network
 from src.models.preactivations import forward_features
-from src.models.winograd import use_winograd
 from src.serialization import Serialization
 from src.standardization import standardized
 from src.teacher import Teacher
@@ -40,8 +39,7 @@ class Distiller(L.LightningModule):
     `epoch` or every `step` (then it is told `total_steps`). `validates_on` names the split behind the validation
     loader; `teacher_predictions` are the teacher's classes [N] of each split's images, for the agreement;
     `standardize_logits` applies to what distillation compares, on both sides; `compiled` training runs the student
-    through torch.compile (which works on a function: the student itself and its checkpoints stay as they are),
-    `winograd` training computes the student's 3x3 convolutions by Winograd's algorithm.
+    through torch.compile (which works on a function: the student itself and its checkpoints stay as they are).
     """
 
     def __init__(
@@ -64,12 +62,9 @@ class Distiller(L.LightningModule):
         channels_last: bool,
         standardize_logits: bool = False,
         compiled: bool = False,
-        winograd: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
-        if winograd:
-            use_winograd(student, frozen=False)
         self.method = method
         self.serialization = serialization
         self.teacher = teacher

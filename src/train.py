@@ -27,7 +27,7 @@ from src.loading import check_class_order, find_teacher, load_teacher, teacher_p
 from src.methods.method import Method
 from src.metrics import of_split
 from src.models.checkpoints import save_weights
-from src.models.winograd import check_winograd
+from src.models.winograd import check_winograd, use_winograd
 from src.resume import AGAIN, Checkpoints, WholeFiles, checkpoint_file, last_good, read_checkpoint
 from src.run import (
     History,
@@ -56,6 +56,8 @@ def train(cfg: DictConfig, wait: bool = False) -> dict[str, Any]:
     trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)  # here, so that its complaints come early
     if cfg.winograd or cfg.teacher.winograd:
         check_winograd(trainer.strategy.root_device)
+    if cfg.winograd:
+        use_winograd(parts.student.network, frozen=False)
     teacher, about_teacher, predictions = ready_teacher(cfg, data, trainer) if needs_teacher(cfg) else (None, None, {})
     if teacher and cfg.teacher.view_store:
         teacher.store = open_store(cfg, data, teacher, parts.method)

@@ -63,7 +63,6 @@ def tiny_distiller(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     standardize_logits: bool = False,
     compiled: bool = False,
-    winograd: bool = False,
 ) -> Distiller:
     torch.manual_seed(seed)
     student, serialization = new_student(CLASSES), serialization or Serialization()
@@ -75,7 +74,7 @@ def tiny_distiller(
         mean=MEAN, std=STD, learning_rate=0.05, optimizer=partial(optimizer, momentum=0.9, weight_decay=5e-4),
         scheduler=partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[2]), interval="epoch",
         validates_on="test", seed=seed, channels_last=True,
-        standardize_logits=standardize_logits, compiled=compiled, winograd=winograd,
+        standardize_logits=standardize_logits, compiled=compiled,
     )  # fmt: skip
 
 

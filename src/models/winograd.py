@@ -6,6 +6,7 @@ Four times fewer multiplications than the direct sum of a CPU's library; a GPU's
 from __future__ import annotations
 
 import ctypes
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from src.errors import UserError
 from src.native import library
 
 PANEL, POINTS = 16, 36
+log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -53,6 +55,8 @@ def check_winograd(device: torch.device) -> None:
 def use_winograd(network: nn.Module, frozen: bool) -> int:
     """Let the convolutions that Winograd's algorithm fits compute by it; how many they are."""
     fitting = {name: module for name, module in network.named_modules() if _fits(module)}
+    if not fitting:
+        log.warning("Winograd's algorithm changes nothing: this network has no 3x3 convolution that it fits.")
     for name, module in fitting.items():
         network.set_submodule(name, WinogradConv2d(module, frozen))
     return len(fitting)
