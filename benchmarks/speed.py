@@ -40,7 +40,7 @@ from src.assemble import make_data, make_distiller, make_logger, make_parts, mak
 from src.config import build
 from src.data.array_data import ArrayData
 from src.data.arrays import load_arrays, save_arrays
-from src.data.image_data import Samples
+from src.data.image_data import ImageData, Samples
 from src.data.views import normalise
 from src.distiller import Distiller
 from src.loading import frozen, make_network
@@ -546,7 +546,9 @@ def trained(place: Place, runs: str, method: str, model: str, seed: int, *, stor
     cfg = configured(method, model, place.images, 64)
     file = place.folder / f"{model}.pth"
     if not file.is_file():
-        save_weights(make_network(cfg.model.teacher, "model", CLASSES), file)
+        network = make_network(cfg.model.teacher, "model", CLASSES)
+        settle(network, cfg.model.teacher, make_data(cfg))  # by logits as fresh weights give some students diverge
+        save_weights(network, file)
     cfg.seed, cfg.runs, cfg.logger = seed, str(place.folder / runs), None
     cfg.schedule.epochs, cfg.data.train_size = epochs, place.options.sweep_images
     cfg.teacher.path, cfg.teacher.view_store, cfg.teacher.fold = str(file), stored, True
@@ -658,7 +660,7 @@ def teacher(place: Place) -> Iterator[Row]:
             )
 
 
-def settle(network: Network, node: DictConfig, data: ArrayData) -> str:
+def settle(network: Network, node: DictConfig, data: ImageData) -> str:
     """Give a teacher its published weights where AEKT_DATA has them, else statistics of the images."""
     architecture = node._target_.rsplit(".", 1)[-1]
     stores = Path(os.environ.get("AEKT_DATA", "")) / "teachers"
