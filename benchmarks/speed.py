@@ -36,7 +36,7 @@ from torchvision import datasets, transforms
 
 from benchmarks.methods import configured, random_images
 from src.analysis.predictions import macs
-from src.assemble import make_data, make_distiller, make_logger, make_parts, make_trainer
+from src.assemble import make_data, make_distiller, make_logger, make_trained_parts, make_trainer
 from src.config import build
 from src.data.array_data import ArrayData
 from src.data.arrays import load_arrays, save_arrays
@@ -47,7 +47,6 @@ from src.loading import frozen, make_network
 from src.methods.method import Batch, Prediction, View
 from src.models.checkpoints import load_weights, save_weights
 from src.models.network import Network
-from src.models.winograd import use_winograd
 from src.resume import Checkpoints
 from src.run import History, needs_teacher
 from src.teacher import Teacher
@@ -198,9 +197,7 @@ def make(
     cfg.data.train_size = train_size or max(place.options.batches * batch_size, CLASSES)
     cfg.winograd = cfg.teacher.winograd = place.options.winograd
     data = make_data(cfg)
-    parts = make_parts(cfg, data)
-    if cfg.winograd:
-        use_winograd(parts.student.network, frozen=False)
+    parts = make_trained_parts(cfg, data)
     teacher = None
     if needs_teacher(cfg):
         cfg.teacher.precision, cfg.teacher.fold = precision, True
@@ -733,6 +730,8 @@ def main() -> None:
     parser.add_argument("--sweep-seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="a file to which the table is added, under its command")
     options = parser.parse_args()
+    if options.winograd and options.bfloat16:
+        parser.error("--winograd computes in float32: leave --bfloat16 out")
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     warnings.simplefilter("ignore")

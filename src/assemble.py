@@ -17,6 +17,7 @@ from src.errors import UserError
 from src.loading import Student, load_student, make_network, place_sources
 from src.methods.combined import Combined
 from src.methods.method import Method, Networks
+from src.models.winograd import use_winograd
 from src.serialization import Serialization
 from src.teacher import Teacher
 
@@ -58,6 +59,14 @@ def make_parts(cfg: DictConfig, data: ImageData) -> Parts:
         raise UserError(f"method={cfg.method.name} has no logit term: standardize_logits=true means nothing to it.")
     data.views = method.views
     return Parts(student, method, serialization)
+
+
+def make_trained_parts(cfg: DictConfig, data: ImageData) -> Parts:
+    """Those of a command that trains: the student's convolutions compute as they shall in training."""
+    parts = make_parts(cfg, data)
+    if cfg.winograd:
+        use_winograd(parts.student.network, frozen=False)
+    return parts
 
 
 def make_distiller(

@@ -137,6 +137,7 @@ def find(cfg: DictConfig, run_cfg: DictConfig, data: ImageData) -> Teacher | Non
         run_cfg.teacher.path = cfg.teacher.path or (None if library else about["source"])
     elif cfg.run or (cfg.teacher.path is None and cfg.teacher.source is None):
         return None
+    run_cfg.teacher.winograd = False  # what is exported is made of torch's own convolutions
     path = find_teacher(run_cfg)
     teacher = load_teacher(run_cfg, data, path)
     if about is not None and teacher.digest != about["sha256"]:

@@ -112,7 +112,7 @@ def serialization_name(cfg: DictConfig) -> str:
 def code_digest(modules: Iterable[str]) -> str:
     """A digest of what the named modules of this package, and all that they import from it, do.
 
-    Comments, docstrings and layout do not count.
+    Comments, docstrings and layout do not count, but in C++ beside a module.
     """
     seen: dict[str, str] = {}
     waiting = list(modules)

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from src.assemble import make_data, make_distiller, make_parts, make_trainer
+from src.assemble import make_data, make_distiller, make_trained_parts, make_trainer
 from src.errors import UserError
 from src.loading import frozen, make_network
 from src.run import needs_teacher, run_folder
@@ -74,7 +74,7 @@ def seconds_left(cfg: DictConfig) -> float:
     if (run_folder(cfg) / "result.json").is_file():
         return 0.0
     data = make_data(cfg)
-    parts = make_parts(cfg, data)
+    parts = make_trained_parts(cfg, data)
     teacher = None
     if needs_teacher(cfg):
         network = make_network(cfg.model.teacher, "model.teacher", data.num_classes)

@@ -88,7 +88,10 @@ class Teacher:
         self.digest_in_use = weights_digest(self.network)
 
     def use_winograd(self) -> None:
-        """Compute the convolutions that it fits by Winograd's algorithm: answers change by rounding."""
+        """Compute the convolutions that it fits by Winograd's algorithm: answers change by rounding.
+
+        Raises `UserError` where there is no compiler.
+        """
         self.winograd = use_winograd(self.network, frozen=True)
 
     def check_unchanged(self) -> None:

@@ -14,11 +14,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.loggers import WandbLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from src.analysis.gradients import GradientAnatomy
-from src.assemble import make_data, make_distiller, make_logger, make_parts, make_trainer
+from src.assemble import make_data, make_distiller, make_logger, make_trained_parts, make_trainer
 from src.command import job, run_command
 from src.data.image_data import ImageData
 from src.distiller import Distiller
@@ -27,7 +27,7 @@ from src.loading import check_class_order, find_teacher, load_teacher, teacher_p
 from src.methods.method import Method
 from src.metrics import of_split
 from src.models.checkpoints import save_weights
-from src.models.winograd import check_winograd, use_winograd
+from src.models.winograd import check_winograd
 from src.resume import AGAIN, Checkpoints, WholeFiles, checkpoint_file, last_good, read_checkpoint
 from src.run import (
     History,
@@ -52,12 +52,10 @@ def train(cfg: DictConfig, wait: bool = False) -> dict[str, Any]:
     Raises `BusyError` where another command does it, unless it shall `wait` for that one's result.
     """
     data = make_data(cfg)
-    parts = make_parts(cfg, data)
+    parts = make_trained_parts(cfg, data)
     trainer = make_trainer(cfg, logger=False, enable_checkpointing=False)  # here, so that its complaints come early
-    if cfg.winograd or cfg.teacher.winograd:
+    if cfg.winograd or (needs_teacher(cfg) and cfg.teacher.winograd):
         check_winograd(trainer.strategy.root_device)
-    if cfg.winograd:
-        use_winograd(parts.student.network, frozen=False)
     teacher, about_teacher, predictions = ready_teacher(cfg, data, trainer) if needs_teacher(cfg) else (None, None, {})
     if teacher and cfg.teacher.view_store:
         teacher.store = open_store(cfg, data, teacher, parts.method)
@@ -206,7 +204,8 @@ def train_teacher(cfg: DictConfig) -> Path:
     alone.student.update(path=None, source=None)
     alone.averaging = None
     if "delta" in alone.schedule.optimizer:  # DOT with nothing to distil is SGD: one teacher for both
-        del alone.schedule.optimizer["delta"]
+        with open_dict(alone.schedule):
+            del alone.schedule.optimizer["delta"]
         alone.schedule.optimizer._target_ = "torch.optim.SGD"
     folder = RunFolder(alone)
     if not folder.result_file.is_file():  # one that is finished is as good as any other checkpoint

@@ -11,6 +11,7 @@ from src.methods.kd import KD
 from src.methods.method import Batch, Method
 from src.methods.vanilla import Vanilla
 from src.serialization import Serial
+from tests.commands import run
 from tests.tiny import same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 RATE, MOMENTUM, DELTA, DECAY = 0.1, 0.9, 0.075, 0.01
@@ -81,6 +82,14 @@ def test_a_method_without_cross_entropy_is_refused(tmp_path):
     method = WithoutCrossEntropy(cross_entropy_weight=0.0, kd_weight=0.9, temperature=4.0)
     with pytest.raises(UserError, match=r"optimizer=dot parts cross-entropy's gradient .* this method's loss is kd:"):
         trained(tmp_path, method, DOT)
+
+
+def test_a_missing_teacher_is_trained_without_it(tmp_path, array_file):
+    small = ("data=cifar10", f"data.path={array_file}", "model=resnet20_to_resnet8", "trainer=debug", "logger=none")
+    places = (f"runs={tmp_path / 'runs'}", f"teacher.store={tmp_path / 'teachers'}", "schedule.batch_size=8")
+    ran = run("train", *small, *places, "method=kd", "optimizer=dot")
+    assert (ran.code, ran.err) == (0, ""), ran.err
+    assert [file.parts[-3] for file in (tmp_path / "runs").glob("*/resnet20/*/*/result.json")] == ["vanilla"]
 
 
 @pytest.mark.parametrize("options", [{"delta": 0.2}, {"delta": -0.1}, {"momentum": 0.05}])

@@ -226,7 +226,8 @@ Size block_size(Size tiles, Size most, Size threads) {
 
 constexpr Size FEW = 32, MANY = 64;  // tiles of a block: those of the gradient spare passes over its sums
 
-// Threads that get enough to do: each holds its own sums of a weight's gradient.
+// Threads that get enough to do: each holds its own sums of a weight's gradient. The others stay in the team: what
+// leaves it is ended, and made anew for the next layer.
 Size sharing(Size tiles, Size threads) { return std::min(threads, (tiles + FEW - 1) / FEW); }
 
 struct Share {  // of one thread: blocks from `begin` to before `end`
@@ -283,7 +284,7 @@ void convolve(const float* input, Size count, Size height, Size width, Size inpu
   const Size tiles = images.tiles(), shares = sharing(tiles, threads), block = block_size(tiles, FEW, shares);
   const Size seen = plane(inputs, block), made = plane(outputs, block), panels = outputs / PANEL;
   const std::vector<float> zeros(inputs);
-#pragma omp parallel for num_threads(shares) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (Size thread = 0; thread < shares; ++thread) {
     float* left = work + thread * POINTS * (seen + made);
     float* products = left + POINTS * seen;
@@ -311,7 +312,7 @@ void weight_gradient(const float* input, const float* output_gradient, Size coun
   const Size sum = POINTS * inputs * outputs;
   float* sums = work + shares * POINTS * (seen + sent);
   const std::vector<float> zeros(std::max(inputs, outputs));
-#pragma omp parallel for num_threads(shares) schedule(static, 1)
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (Size thread = 0; thread < shares; ++thread) {
     float* left = work + thread * POINTS * (seen + sent);
     float* right = left + POINTS * seen;

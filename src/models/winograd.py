@@ -24,8 +24,9 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 class WinogradConv2d(nn.Conv2d):
     """A convolution that takes over another's parameters, under the same names.
 
-    A `frozen` one, whose weight never changes, always computes by Winograd's algorithm. Others do so in training only:
-    they are evaluated by the direct sum, as they will be wherever else the network is used.
+    A `frozen` one, whose weight never changes, always computes by Winograd's algorithm, from points that take four
+    times its weight's memory. Others do so in training only: they are evaluated by the direct sum, as they will be
+    wherever else the network is used.
     """
 
     points: Tensor | None
@@ -39,7 +40,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, outputs, H, W] of [B, inputs, H, W]."""
-        if input.device.type != "cpu" or (self.points is None and not self.training):
+        if input.device.type != "cpu" or not input.numel() or (self.points is None and not self.training):
             return super().forward(input)
         output: Tensor = Winograd.apply(input, self.weight, self.bias, self.points)
         return output
@@ -48,15 +49,19 @@ class WinogradConv2d(nn.Conv2d):
 def check_winograd(device: torch.device) -> None:
     """Raise `UserError` where it cannot be had: on another device than a CPU, or without a compiler."""
     if device.type != "cpu":
-        raise UserError("winograd=true is for a CPU, a GPU chooses its algorithm for itself: leave it out.")
+        raise UserError("winograd=true and teacher.winograd=true are for a CPU; a GPU has its own: leave them out.")
     library(SOURCE)
 
 
 def use_winograd(network: nn.Module, frozen: bool) -> int:
-    """Let the convolutions that Winograd's algorithm fits compute by it; how many they are."""
+    """Let the convolutions that Winograd's algorithm fits compute by it; how many they are.
+
+    Raises `UserError` where `frozen` ones want what no compiler is there to make.
+    """
     fitting = {name: module for name, module in network.named_modules() if _fits(module)}
     if not fitting:
-        log.warning("Winograd's algorithm changes nothing: this network has no 3x3 convolution that it fits.")
+        kind = "the teacher" if frozen else "the student"
+        log.warning("Winograd's algorithm changes nothing in %s: no 3x3 convolution there fits it.", kind)
     for name, module in fitting.items():
         network.set_submodule(name, WinogradConv2d(module, frozen))
     return len(fitting)
@@ -74,13 +79,16 @@ def _fits(module: Any) -> bool:
 class Winograd(torch.autograd.Function):
     """The convolution of float32 images [B, C, H, W] with a weight [K, C, 3, 3] and a bias [K] or None.
 
-    `points` are those of the weight where they are known. Gradients are as exact as the answer, and by the same
-    algorithm; their rounding depends on the number of threads, the answer's does not, nor on the size of the batch.
+    `points` are those of the weight where they are known. Gradients are by the same algorithm: the input's as exact as
+    the answer, the weight's within a few times of torch's. Rounding depends on the number of threads in the weight's
+    gradient alone; the answer's does not depend on the size of the batch either.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, points: Tensor | None) -> Tensor:
         """[B, K, H, W], channels last."""
+        if images.shape[1] != weight.shape[1]:
+            raise ValueError(f"images of {images.shape[1]} channels for a weight of {weight.shape[1]}")
         ctx.save_for_backward(images, weight)
         return convolve(images, weight_points(weight) if points is None else points, bias, len(weight))
 
@@ -113,7 +121,7 @@ def convolve(images: Tensor, points: Tensor, bias: Tensor | None, outputs: int) 
     batch, inputs, height, width = images.shape
     threads = torch.get_num_threads()
     work = _work("convolve_work", images, outputs, threads)
-    output = images.new_empty(batch, height, width, outputs).permute(0, 3, 1, 2)
+    output = torch.empty(batch, outputs, height, width, memory_format=torch.channels_last)
     _call("convolve", images, batch, height, width, inputs, points, bias, outputs, threads, work, output)
     return output
 
@@ -124,7 +132,7 @@ def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
     batch, inputs, height, width = images.shape
     outputs, threads = gradient.shape[1], torch.get_num_threads()
     work = _work("weight_gradient_work", images, outputs, threads)
-    result = images.new_empty(outputs, 3, 3, inputs).permute(0, 3, 1, 2)
+    result = torch.empty(outputs, inputs, 3, 3, memory_format=torch.channels_last)
     _call("weight_gradient", images, gradient, batch, height, width, inputs, outputs, threads, work, result)
     return result
 

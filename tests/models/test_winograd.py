@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import src.run
 from src import native
 from src.data.arrays import load_arrays
 from src.errors import UserError
@@ -65,6 +66,17 @@ def test_it_is_the_convolution_and_so_are_its_gradients(batch, height, width, in
     assert relative_error(output, expected) < ROUNDING
     for value, reference in zip(given_values, exact, strict=True):
         assert relative_error(value.grad, reference.grad) < ROUNDING
+
+
+def test_what_follows_may_overwrite_its_answer_and_no_images_give_none():
+    convolution = WinogradConv2d(nn.Conv2d(16, 16, 3, padding=1), frozen=False)
+    images = torch.randn(2, 16, 8, 8)
+    F.relu(convolution(images), inplace=True).sum().backward()
+    expected = F.conv2d(images, convolution.weight, convolution.bias, padding=1).relu().sum()
+    torch.testing.assert_close(convolution.bias.grad, torch.autograd.grad(expected, convolution.bias)[0])
+    assert convolution(images[:0]).shape == (0, 16, 8, 8)
+    with pytest.raises(ValueError, match="images of 8 channels for a weight of 16"):
+        convolution(images[:, :8])
 
 
 def test_an_answer_depends_neither_on_the_batch_nor_on_the_threads():
@@ -147,14 +159,21 @@ def test_a_run_by_it_is_scored_the_same_again(tmp_path, array_file):
     small = ("data=cifar10", f"data.path={array_file}", "model=resnet20_to_resnet8", "trainer=debug", "logger=none")
     places = (f"runs={tmp_path / 'runs'}", f"teacher.store={tmp_path / 'teachers'}", "schedule.batch_size=8")
     quick = ("winograd=true", "teacher.winograd=true", "teacher.fold=true", "teacher.view_store=true")
-    trained = run("train", *small, *places, *quick, "method=kd")
+    with patch.object(Winograd, "forward", side_effect=Winograd.forward) as asked:
+        trained = run("train", *small, *places, *quick, "method=kd")
     assert (trained.code, trained.err) == (0, ""), trained.err
+    points_known = {call.args[-1] is not None for call in asked.call_args_list}
+    assert points_known == {False, True}, "those of a student and of a teacher"
     (student,) = (tmp_path / "runs").glob("*/*/kd/*/student.pth")
-    scored = run("evaluate", f"run={student.parent}", f"data.path={array_file}")
+    with patch.object(Winograd, "forward", side_effect=AssertionError("evaluated by Winograd's algorithm")):
+        scored = run("evaluate", f"run={student.parent}", f"data.path={array_file}")
     assert (scored.code, scored.err) == (0, ""), scored.err
     rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in scored.out.splitlines() if "│" in line]
     assert [name for name, *_ in rows] == ["accuracy", "ece", "nll", "top5", "agreement"]
     assert all(now == reported for _, now, reported in rows)
+    few = ("forms=[torchscript]", "images=60", "calibration_images=40", "rounds=1", f"out={tmp_path / 'measured'}")
+    measured = run("measure", f"run={student.parent}", f"data.path={array_file}", *few)
+    assert (measured.code, measured.err) == (0, ""), measured.err
 
 
 @pytest.mark.slow
@@ -174,13 +193,24 @@ def test_a_trained_teacher_keeps_its_answers():
     torch.testing.assert_close(said, expected, atol=1e-4, rtol=0)
 
 
+def test_its_kernels_are_part_of_the_code_that_a_run_names(tmp_path, monkeypatch):
+    for file in ("native.py", "errors.py", "files.py", "models/winograd.py", "models/winograd.cpp"):
+        (tmp_path / "src" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SOURCE.parents[1] / file, tmp_path / "src" / file)
+    monkeypatch.setattr(src.run, "PACKAGE", tmp_path / "src")
+    before = src.run.code_digest(["src.models.winograd"])
+    with (tmp_path / "src" / "models" / "winograd.cpp").open("a") as kernels:
+        kernels.write("// changed")
+    assert src.run.code_digest(["src.models.winograd"]) != before
+
+
 def test_other_numbers_than_float32_are_not_taken():
     with pytest.raises(TypeError, match=r"float32 on a CPU, not for torch\.float64"):
         Winograd.apply(torch.randn(1, 16, 4, 4).double(), torch.randn(16, 16, 3, 3).double(), None, None)
 
 
 def test_a_gpu_is_refused():
-    with pytest.raises(UserError, match="winograd=true is for a CPU"):
+    with pytest.raises(UserError, match="are for a CPU; a GPU has its own"):
         check_winograd(torch.device("cuda"))
 
 
@@ -209,5 +239,5 @@ def test_a_library_is_compiled_once_and_one_that_fails_says_why(tmp_path, monkey
         compiling(broken)
     assert not [*(tmp_path / "cache").glob("*broken*.so")]
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"broken\.cpp needs a C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"broken\.cpp needs a C\+\+ compiler, and there is no c\+\+"):
         compiling(broken)
