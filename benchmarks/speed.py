@@ -191,11 +191,12 @@ def make(
     precision: str | None = None,
     train_size: int | None = None,
     compiled: bool = False,
+    winograd: bool = False,
 ) -> tuple[DictConfig, Distiller, Any]:
     """What `python -m src.train` would train by this method, with networks of fresh weights."""
     cfg = configured(method, model, place.images, batch_size)
     cfg.data.train_size = train_size or max(place.options.batches * batch_size, CLASSES)
-    cfg.winograd = cfg.teacher.winograd = place.options.winograd
+    cfg.winograd = cfg.teacher.winograd = winograd or place.options.winograd
     data = make_data(cfg)
     parts = make_trained_parts(cfg, data)
     teacher = None
@@ -328,6 +329,19 @@ def compiled(place: Place) -> Iterator[Row]:
         found = interleaved(sides, place.options.rounds)
         ratios = over(found["compiled"], found["as it is"])
         yield Row("a compiled step, alone", "as it is", f"{model}, {batch_size}", ratios, "", milliseconds(found))
+
+
+def winograd(place: Place) -> Iterator[Row]:
+    """A step with nothing stored by Winograd's algorithm, against the same by direct convolution."""
+    for model, batch_size in itertools.product(place.options.pairs, place.options.batch_sizes):
+        sides = {
+            name: training(place, *make(place, "aekt", model, batch_size, winograd=name == "winograd")[1:])
+            for name in ("winograd", "direct")
+        }
+        found = interleaved(sides, place.options.rounds)
+        ratios = over(found["winograd"], found["direct"])
+        setting = f"{model}, {batch_size}"
+        yield Row("a step, nothing stored, winograd", "direct", setting, ratios, "", milliseconds(found))
 
 
 def step_plain(place: Place) -> Iterator[Row]:
@@ -700,7 +714,7 @@ def scale(place: Place) -> Iterator[Row]:
 
 ROWS: dict[str, Callable[[Place], Iterator[Row]]] = {
     row.__name__: row
-    for row in (step_stored, step_plain, compiled, loop, data, loss, startup, sweep, memory, teacher, scale)
+    for row in (step_stored, step_plain, compiled, winograd, loop, data, loss, startup, sweep, memory, teacher, scale)
 }
 
 
