@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = (
-    "step_stored", "step_plain", "compiled", "winograd", "loop", "data", "loss", "startup", "sweep", "memory", "teacher",
-    "scale",
+    "step_stored", "step_plain", "compiled", "winograd", "loop", "data", "loss", "startup", "sweep", "memory",
+    "teacher", "scale",
 )  # fmt: skip
 
 
