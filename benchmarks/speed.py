@@ -558,10 +558,11 @@ def trained(place: Place, runs: str, method: str, model: str, seed: int, *, stor
     file = place.folder / f"{model}.pth"
     if not file.is_file():
         network = make_network(cfg.model.teacher, "model", CLASSES)
-        settle(network, cfg.model.teacher, make_data(cfg))  # by logits as fresh weights give some students diverge
+        settle(network, cfg.model.teacher, make_data(cfg))
         save_weights(network, file)
     cfg.seed, cfg.runs, cfg.logger = seed, str(place.folder / runs), None
     cfg.schedule.epochs, cfg.data.train_size = epochs, place.options.sweep_images
+    cfg.schedule.learning_rate = 1e-3  # at the published one some students of a teacher that knows nothing diverge
     cfg.teacher.path, cfg.teacher.view_store, cfg.teacher.fold = str(file), stored, True
     cfg.trainer.accelerator, cfg.trainer.enable_progress_bar = "cpu", False
     cfg.trainer.precision = place.options.precision
