@@ -320,28 +320,28 @@ def step_stored(place: Place) -> Iterator[Row]:
 
 def compiled(place: Place) -> Iterator[Row]:
     """A step of the student alone by torch.compile, against the same without."""
-    for model in place.options.pairs:
-        batch_size = place.options.batch_sizes[0]
-        sides = {
-            name: training(place, *make(place, "vanilla", model, batch_size, compiled=name == "compiled")[1:])
-            for name in ("compiled", "as it is")
-        }
-        found = interleaved(sides, place.options.rounds)
-        ratios = over(found["compiled"], found["as it is"])
-        yield Row("a compiled step, alone", "as it is", f"{model}, {batch_size}", ratios, "", milliseconds(found))
+    sizes = place.options.batch_sizes[:1]
+    return with_and_without(place, "compiled", "vanilla", sizes, "a compiled step, alone", "as it is")
 
 
 def winograd(place: Place) -> Iterator[Row]:
     """A step with nothing stored by Winograd's algorithm, against the same by direct convolution."""
-    for model, batch_size in itertools.product(place.options.pairs, place.options.batch_sizes):
+    sizes = place.options.batch_sizes
+    return with_and_without(place, "winograd", "aekt", sizes, "a step, nothing stored, winograd", "direct")
+
+
+def with_and_without(
+    place: Place, option: str, method: str, batch_sizes: Sequence[int], what: str, against: str
+) -> Iterator[Row]:
+    """A step with one of `make`'s options, against the same without."""
+    with_it: dict[str, dict[str, Any]] = {option: {option: True}, against: {}}
+    for model, batch_size in itertools.product(place.options.pairs, batch_sizes):
         sides = {
-            name: training(place, *make(place, "aekt", model, batch_size, winograd=name == "winograd")[1:])
-            for name in ("winograd", "direct")
+            name: training(place, *make(place, method, model, batch_size, **on)[1:]) for name, on in with_it.items()
         }
         found = interleaved(sides, place.options.rounds)
-        ratios = over(found["winograd"], found["direct"])
-        setting = f"{model}, {batch_size}"
-        yield Row("a step, nothing stored, winograd", "direct", setting, ratios, "", milliseconds(found))
+        ratios = over(found[option], found[against])
+        yield Row(what, against, f"{model}, {batch_size}", ratios, "", milliseconds(found))
 
 
 def step_plain(place: Place) -> Iterator[Row]:

@@ -218,26 +218,25 @@ void product(const float* left, Size between_rows, Size between_inner, Size betw
 
 Size up(Size value, Size step) { return (value + step - 1) / step * step; }
 
-// Tiles of a block: at most `most`, as many blocks for each thread.
-Size block_size(Size tiles, Size most, Size threads) {
-  const Size blocks = up((tiles + most - 1) / most, threads);
-  return up((tiles + blocks - 1) / blocks, ROWS);
-}
-
 constexpr Size FEW = 32, MANY = 64;  // tiles of a block: those of the gradient spare passes over its sums
 
-// Threads that get enough to do: each holds its own sums of a weight's gradient. The others stay in the team: what
-// leaves it is ended, and made anew for the next layer.
-Size sharing(Size tiles, Size threads) { return std::min(threads, (tiles + FEW - 1) / FEW); }
-
-struct Share {  // of one thread: blocks from `begin` to before `end`
-  Size begin, end;
-  Share(Size tiles, Size block, Size thread, Size threads) {
-    const Size blocks = (tiles + block - 1) / block;
-    begin = thread * blocks / threads;
-    end = (thread + 1) * blocks / threads;
+// Tiles in blocks of `size`, at most `most`, as many for each thread that gets enough to do: each of these holds its
+// own sums of a weight's gradient. The others stay in the team: what leaves it is ended, and made anew for the next
+// layer.
+struct Blocks {
+  Size tiles, shares, size;
+  Blocks(const Images& images, Size most, Size threads)
+      : tiles(images.tiles()), shares(std::min(threads, (tiles + FEW - 1) / FEW)) {
+    const Size blocks = up((tiles + most - 1) / most, shares);
+    size = up((tiles + blocks - 1) / blocks, ROWS);
   }
+  Size first(Size share) const { return share * ((tiles + size - 1) / size) / shares; }  // block of a share
 };
+
+// The row of a weight's points for one of its inputs.
+Size weight_row(Size point, Size panels, Size panel, Size inputs, Size input) {
+  return ((point * panels + panel) * inputs + input) * PANEL;
+}
 
 }  // namespace
 
@@ -245,15 +244,13 @@ extern "C" {
 
 // Floats that `convolve` and `weight_gradient` want for their work.
 Size convolve_work(Size count, Size height, Size width, Size inputs, Size outputs, Size threads) {
-  const Size tiles = Images{count, height, width}.tiles(), shares = sharing(tiles, threads);
-  const Size block = block_size(tiles, FEW, shares);
-  return shares * POINTS * (plane(inputs, block) + plane(outputs, block));
+  const Blocks blocks(Images{count, height, width}, FEW, threads);
+  return blocks.shares * POINTS * (plane(inputs, blocks.size) + plane(outputs, blocks.size));
 }
 
 Size weight_gradient_work(Size count, Size height, Size width, Size inputs, Size outputs, Size threads) {
-  const Size tiles = Images{count, height, width}.tiles(), shares = sharing(tiles, threads);
-  const Size block = block_size(tiles, MANY, shares);
-  return shares * POINTS * (plane(inputs, block) + plane(outputs, block) + inputs * outputs);
+  const Blocks blocks(Images{count, height, width}, MANY, threads);
+  return blocks.shares * POINTS * (plane(inputs, blocks.size) + plane(outputs, blocks.size) + inputs * outputs);
 }
 
 // Points of a weight; `turned`: of the weight that takes gradients back, from its outputs to its inputs.
@@ -272,8 +269,7 @@ void weight_points(const float* weight, Size inputs, Size outputs, Size turned, 
           }
         both_ways<WeightPoints, 3, 6>(in, out);
         for (int point = 0; point < POINTS; ++point)
-          store(out[point / 6][point % 6],
-                points + ((point * (to / PANEL) + panel) * from + channel) * PANEL + v * LANES);
+          store(out[point / 6][point % 6], points + weight_row(point, to / PANEL, panel, from, channel) + v * LANES);
       }
 }
 
@@ -281,22 +277,22 @@ void weight_points(const float* weight, Size inputs, Size outputs, Size turned, 
 void convolve(const float* input, Size count, Size height, Size width, Size inputs, const float* weights,
               const float* bias, Size outputs, Size threads, float* work, float* output) {
   const Images images{count, height, width};
-  const Size tiles = images.tiles(), shares = sharing(tiles, threads), block = block_size(tiles, FEW, shares);
+  const Blocks blocks(images, FEW, threads);
+  const Size block = blocks.size;
   const Size seen = plane(inputs, block), made = plane(outputs, block), panels = outputs / PANEL;
   const std::vector<float> zeros(inputs);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (Size thread = 0; thread < shares; ++thread) {
-    float* left = work + thread * POINTS * (seen + made);
+  for (Size share = 0; share < blocks.shares; ++share) {
+    float* left = work + share * POINTS * (seen + made);
     float* products = left + POINTS * seen;
-    const Share share(tiles, block, thread, shares);
-    for (Size number = share.begin; number < share.end; ++number) {
-      const Size first = number * block, tiles_now = std::min(block, tiles - first);
+    for (Size number = blocks.first(share); number < blocks.first(share + 1); ++number) {
+      const Size first = number * block, tiles_now = std::min(block, blocks.tiles - first);
       to_points<InputPoints, 6, 1>(input, images, inputs, first, tiles_now, block, zeros.data(), left);
       for (Size point = 0; point < POINTS; ++point)
         for (Size panel = 0; panel < panels; ++panel)
           for (Size row = 0; row < tiles_now; row += ROWS)
             product<false>(left + point * seen + row * PANEL, PANEL, 1, block * PANEL, inputs / PANEL, PANEL,
-                           weights + (point * panels + panel) * inputs * PANEL,
+                           weights + weight_row(point, panels, panel, inputs, 0),
                            products + point * made + (panel * block + row) * PANEL);
       to_images(products, images, outputs, first, tiles_now, block, bias, output);
     }
@@ -307,20 +303,20 @@ void convolve(const float* input, Size count, Size height, Size width, Size inpu
 void weight_gradient(const float* input, const float* output_gradient, Size count, Size height, Size width,
                      Size inputs, Size outputs, Size threads, float* work, float* gradient) {
   const Images images{count, height, width};
-  const Size tiles = images.tiles(), shares = sharing(tiles, threads), block = block_size(tiles, MANY, shares);
+  const Blocks blocks(images, MANY, threads);
+  const Size block = blocks.size;
   const Size seen = plane(inputs, block), sent = plane(outputs, block), panels = outputs / PANEL;
   const Size sum = POINTS * inputs * outputs;
-  float* sums = work + shares * POINTS * (seen + sent);
+  float* sums = work + blocks.shares * POINTS * (seen + sent);
   const std::vector<float> zeros(std::max(inputs, outputs));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (Size thread = 0; thread < shares; ++thread) {
-    float* left = work + thread * POINTS * (seen + sent);
+  for (Size share = 0; share < blocks.shares; ++share) {
+    float* left = work + share * POINTS * (seen + sent);
     float* right = left + POINTS * seen;
-    float* out = sums + thread * sum;
+    float* out = sums + share * sum;
     std::fill(out, out + sum, 0.f);
-    const Share share(tiles, block, thread, shares);
-    for (Size number = share.begin; number < share.end; ++number) {
-      const Size first = number * block, tiles_now = std::min(block, tiles - first);
+    for (Size number = blocks.first(share); number < blocks.first(share + 1); ++number) {
+      const Size first = number * block, tiles_now = std::min(block, blocks.tiles - first);
       to_points<InputPoints, 6, 1>(input, images, inputs, first, tiles_now, block, zeros.data(), left);
       to_points<GradientPoints, 4, 0>(output_gradient, images, outputs, first, tiles_now, block, zeros.data(), right);
       for (Size point = 0; point < POINTS; ++point)
@@ -328,7 +324,7 @@ void weight_gradient(const float* input, const float* output_gradient, Size coun
           for (Size channel = 0; channel < inputs; channel += ROWS)
             product<true>(panel_row(left + point * seen, channel, block, 0), 1, PANEL, 0, 1, tiles_now,
                           right + point * sent + panel * block * PANEL,
-                          out + ((point * panels + panel) * inputs + channel) * PANEL);
+                          out + weight_row(point, panels, panel, inputs, channel));
     }
   }
 #pragma omp parallel for num_threads(threads) collapse(2)
@@ -337,9 +333,9 @@ void weight_gradient(const float* input, const float* output_gradient, Size coun
       for (int v = 0; v < VECTORS; ++v) {
         Vector in[6][6], out[3][3];
         for (int point = 0; point < POINTS; ++point) {
-          const float* from = sums + ((point * panels + panel) * inputs + channel) * PANEL + v * LANES;
+          const float* from = sums + weight_row(point, panels, panel, inputs, channel) + v * LANES;
           Vector total = load(from);
-          for (Size thread = 1; thread < shares; ++thread) total += load(from + thread * sum);
+          for (Size share = 1; share < blocks.shares; ++share) total += load(from + share * sum);
           in[point / 6][point % 6] = total;
         }
         both_ways<WeightGradient, 6, 3>(in, out);

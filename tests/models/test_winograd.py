@@ -1,5 +1,6 @@
 """winograd=true, teacher.winograd=true: the same convolutions, quicker."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -35,6 +36,16 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
+@contextlib.contextmanager
+def by_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 5),
@@ -52,11 +63,9 @@ def test_it_is_the_convolution_and_so_are_its_gradients(batch, height, width, in
     weight = torch.randn(outputs, inputs, 3, 3, generator=draw, requires_grad=True)
     bias = torch.randn(outputs, generator=draw, requires_grad=True) if biased else None
     gradient = torch.randn(batch, outputs, height, width, generator=draw)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    output = Winograd.apply(images, weight, bias, None)
-    output.backward(gradient)
-    torch.set_num_threads(before)
+    with by_threads(threads):
+        output = Winograd.apply(images, weight, bias, None)
+        output.backward(gradient)
 
     given_values = [value for value in (images, weight, bias) if value is not None]
     exact = [value.detach().double().requires_grad_() for value in given_values]
@@ -83,10 +92,8 @@ def test_an_answer_depends_neither_on_the_batch_nor_on_the_threads():
     images, weight = torch.randn(9, 32, 10, 6), torch.randn(16, 32, 3, 3)
     expected = Winograd.apply(images, weight, None, None)
     assert torch.equal(Winograd.apply(images[4:5], weight, None, None), expected[4:5])
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 2)
-    several = Winograd.apply(images, weight, None, weight_points(weight))
-    torch.set_num_threads(before)
+    with by_threads(torch.get_num_threads() + 2):
+        several = Winograd.apply(images, weight, None, weight_points(weight))
     assert torch.equal(several, expected)
 
 
