@@ -15,7 +15,7 @@ from src.methods.dkd import DKD
 from src.run import read_history
 from src.serialization import Serial
 from tests.test_interruption import SMALL, Place, sources  # noqa: F401  # a fixture
-from tests.tiny import tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+from tests.tiny import by_threads, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 
 def dkd():
@@ -33,9 +33,7 @@ def without_batch_norm(module: nn.Module) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    try:
+    with by_threads(1):  # OpenMP's threads do not survive a fork
         data = tiny_data(tmp_path)
         one = tiny_distiller(data, dkd(), teacher=tiny_teacher(), serialization=Serial(0.1))
         without_batch_norm(one.student)
@@ -44,8 +42,6 @@ def test_two_processes_train_as_one_does(tmp_path):
         alone.fit(one, datamodule=data)
         both = tiny_trainer(2, devices=2, strategy="ddp_fork")
         both.fit(two, datamodule=tiny_data(tmp_path))
-    finally:
-        torch.set_num_threads(threads)
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(two)[name], value, atol=1e-5, rtol=1e-4, msg=name)
     for name in ("test/accuracy", "test/agreement"):  # of 17 images: an odd number over two devices

@@ -111,10 +111,13 @@ void both_ways(const Vector in[IN][IN], Vector out[OUT][OUT]) {
 
 // Tiles
 
+// Rounded up.
+Size over(Size value, Size step) { return (value + step - 1) / step; }
+
 struct Images {
   Size count, height, width;
-  Size down() const { return (height + 3) / 4; }
-  Size across() const { return (width + 3) / 4; }
+  Size down() const { return over(height, 4); }
+  Size across() const { return over(width, 4); }
   Size tiles() const { return count * down() * across(); }
 };
 
@@ -216,8 +219,6 @@ void product(const float* left, Size between_rows, Size between_inner, Size betw
     for (int v = 0; v < VECTORS; ++v) store(sums[row][v], out + row * PANEL + v * LANES);
 }
 
-Size up(Size value, Size step) { return (value + step - 1) / step * step; }
-
 constexpr Size FEW = 32, MANY = 64;  // tiles of a block: those of the gradient spare passes over its sums
 
 // Tiles in blocks of `size`, at most `most`, as many for each thread that gets enough to do: each of these holds its
@@ -226,11 +227,11 @@ constexpr Size FEW = 32, MANY = 64;  // tiles of a block: those of the gradient 
 struct Blocks {
   Size tiles, shares, size;
   Blocks(const Images& images, Size most, Size threads)
-      : tiles(images.tiles()), shares(std::min(threads, (tiles + FEW - 1) / FEW)) {
-    const Size blocks = up((tiles + most - 1) / most, shares);
-    size = up((tiles + blocks - 1) / blocks, ROWS);
+      : tiles(images.tiles()), shares(std::min(threads, over(tiles, FEW))) {
+    const Size blocks = over(over(tiles, most), shares) * shares;
+    size = over(over(tiles, blocks), ROWS) * ROWS;
   }
-  Size first(Size share) const { return share * ((tiles + size - 1) / size) / shares; }  // block of a share
+  Size first(Size share) const { return share * over(tiles, size) / shares; }  // block of a share
 };
 
 // The row of a weight's points for one of its inputs.
@@ -291,9 +292,9 @@ void convolve(const float* input, Size count, Size height, Size width, Size inpu
       for (Size point = 0; point < POINTS; ++point)
         for (Size panel = 0; panel < panels; ++panel)
           for (Size row = 0; row < tiles_now; row += ROWS)
-            product<false>(left + point * seen + row * PANEL, PANEL, 1, block * PANEL, inputs / PANEL, PANEL,
-                           weights + weight_row(point, panels, panel, inputs, 0),
-                           products + point * made + (panel * block + row) * PANEL);
+            product<false>(panel_row(left + point * seen, 0, block, row), PANEL, 1, block * PANEL, inputs / PANEL,
+                           PANEL, weights + weight_row(point, panels, panel, inputs, 0),
+                           panel_row(products + point * made, panel * PANEL, block, row));
       to_images(products, images, outputs, first, tiles_now, block, bias, output);
     }
   }
@@ -323,7 +324,7 @@ void weight_gradient(const float* input, const float* output_gradient, Size coun
         for (Size panel = 0; panel < panels; ++panel)
           for (Size channel = 0; channel < inputs; channel += ROWS)
             product<true>(panel_row(left + point * seen, channel, block, 0), 1, PANEL, 0, 1, tiles_now,
-                          right + point * sent + panel * block * PANEL,
+                          panel_row(right + point * sent, panel * PANEL, block, 0),
                           out + weight_row(point, panels, panel, inputs, channel));
     }
   }

@@ -34,7 +34,18 @@ from src.models.vgg import vgg8
 from src.models.wide_resnet import wrn_16_1
 from src.teacher import Teacher
 from tests.test_devices import without_batch_norm
-from tests.tiny import CLASSES, MEAN, STD, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+from tests.tiny import (
+    CLASSES,
+    MEAN,
+    STD,
+    by_threads,
+    same,
+    tiny_data,
+    tiny_distiller,
+    tiny_teacher,
+    tiny_trainer,
+    weights,
+)
 
 CONF = Path(__file__).parents[2] / "conf" / "method"
 
@@ -197,9 +208,7 @@ def test_crd_refuses_images_of_one_class(labels: list[int]):
 
 @pytest.mark.slow
 def test_crd_on_two_processes_remembers_as_on_one(tmp_path: Path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    try:
+    with by_threads(1):  # OpenMP's threads do not survive a fork
         states = []
         for options in ({}, {"devices": 2, "strategy": "ddp_fork"}):
             data = tiny_data(tmp_path)
@@ -207,8 +216,6 @@ def test_crd_on_two_processes_remembers_as_on_one(tmp_path: Path):
             without_batch_norm(distiller.student)
             tiny_trainer(1, **options).fit(distiller, datamodule=data)
             states.append(weights(distiller.method))
-    finally:
-        torch.set_num_threads(threads)
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-4, msg=name)
 
@@ -614,14 +621,10 @@ def test_simkd_scores_its_predictor_and_leaves_both_classifiers_as_they_were(tmp
 
 @pytest.mark.slow
 def test_simkd_trains_on_two_processes(tmp_path: Path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with by_threads(1):
         distiller = tiny_distiller(tiny_data(tmp_path), configured("simkd"), teacher=tiny_teacher())
         trainer = tiny_trainer(1, devices=2, strategy="ddp_fork")
         trainer.fit(distiller, datamodule=tiny_data(tmp_path))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.isfinite(trainer.callback_metrics["train/loss_epoch"])
 
 

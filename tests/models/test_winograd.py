@@ -1,6 +1,5 @@
 """winograd=true, teacher.winograd=true: the same convolutions, quicker."""
 
-import contextlib
 import copy
 import os
 import shutil
@@ -26,7 +25,7 @@ from src.models.winograd import SOURCE, Winograd, WinogradConv2d, check_winograd
 from src.teacher import Teacher
 from tests.commands import assert_refused, run
 from tests.test_view_store import kd
-from tests.tiny import same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+from tests.tiny import by_threads, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="winograd=true needs a C++ compiler")
 ROUNDING = 1e-5
@@ -34,16 +33,6 @@ ROUNDING = 1e-5
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-@contextlib.contextmanager
-def by_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=40, deadline=None)
