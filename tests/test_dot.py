@@ -45,10 +45,10 @@ def test_updates_are_those_of_the_equations():
         assert adapter.item() == pytest.approx(a, rel=1e-12)
 
 
-def trained(tmp_path, method: Method, optimizer, **options) -> dict[str, Tensor]:
+def trained(tmp_path, method: Method, optimizer, *, steps: int = -1, **options) -> dict[str, Tensor]:
     data = tiny_data(tmp_path)
     distiller = tiny_distiller(data, method, teacher=tiny_teacher(), optimizer=optimizer, **options)
-    tiny_trainer(2, limit_val_batches=0).fit(distiller, datamodule=data)
+    tiny_trainer(2, max_steps=steps, limit_val_batches=0).fit(distiller, datamodule=data)
     return weights(distiller)
 
 
@@ -60,10 +60,15 @@ def without_delta(*args, **options) -> DOT:
     "new_method", [kd, lambda: FitNet(cross_entropy_weight=1.0, hint_weight=10.0, hint_layer=1)], ids=["kd", "fitnet"]
 )
 def test_without_delta_it_is_sgd(new_method, tmp_path):
-    sgd = trained(tmp_path, new_method(), torch.optim.SGD, serialization=Serial(0.1) if new_method is kd else None)
-    dot = trained(tmp_path, new_method(), without_delta, serialization=Serial(0.1) if new_method is kd else None)
+    sgd, dot = (
+        trained(
+            tmp_path, new_method(), optimizer, steps=3,  # more would multiply the rounding
+            serialization=Serial(0.1) if new_method is kd else None,
+        )
+        for optimizer in (torch.optim.SGD, without_delta)
+    )  # fmt: skip
     for name, value in sgd.items():
-        torch.testing.assert_close(dot[name], value, rtol=2e-3, atol=2e-4, msg=name)
+        torch.testing.assert_close(dot[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_delta_counts_where_there_is_distillation(tmp_path):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_processes_share_a_store_as_they_run(tmp_path: Path) -> None:
 
 
 def test_a_new_store_uses_next_to_no_disk(tmp_path: Path) -> None:
-    ViewStore(tmp_path / "a.views", 50_000, 162, 100)
+    ViewStore(tmp_path / "a.views", 50_000, 162, 100, asked=0)
     assert (tmp_path / "a.views").stat().st_size == 50_000 * 162 * 408
     assert (tmp_path / "a.views").stat().st_blocks * 512 < 1e6
 
@@ -218,10 +219,12 @@ def test_what_has_no_room_is_said_before_anything_is_made(tmp_path: Path, images
     assert not (tmp_path / "new").exists()
 
 
-def test_only_what_can_be_asked_needs_room(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
-    ViewStore(tmp_path / "a.views", free // 10, 11, 1, asked=100)
-    assert os.stat(tmp_path / "a.views").st_size > free
+def test_only_what_can_be_asked_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    ViewStore(tmp_path / "a.views", 10**6, 11, 1, asked=100)
+    assert os.stat(tmp_path / "a.views").st_size == 10**6 * 11 * 12
+    with pytest.raises(UserError, match=r"needs 1,640,800 bytes at .* and 1,000,000 are free"):
+        ViewStore(tmp_path / "b.views", 10**6, 11, 1, asked=200)
 
 
 def test_a_full_disk_is_an_error_and_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
