@@ -346,37 +346,39 @@ def with_and_without(
 
 def step_plain(place: Place) -> Iterator[Row]:
     """A step with nothing stored and with the answers stored, in float32 and bfloat16, against the customary loop."""
-    targets = {"nothing stored, float32": "1.35, 2.0 in the fastest precision", "answers stored, float32": "3.3"}
+    kinds = {
+        "nothing stored, float32": (False, "float32", "1.35, 2.0 in the fastest precision"),
+        "answers stored, float32": (True, "float32", "3.3"),
+    }
     if place.options.bfloat16:
-        targets |= {"nothing stored, bfloat16": "2.0 in the fastest", "answers stored, bfloat16": "3.3"}
+        kinds |= {
+            "nothing stored, bfloat16": (False, "bfloat16", "2.0 in the fastest"),
+            "answers stored, bfloat16": (True, "bfloat16", "3.3"),
+        }
     for model, batch_size in itertools.product(place.options.pairs, place.options.batch_sizes):
         sides: dict[str, Callable[[], float]] = {}
-        for kind in targets:
-            stored, mixed = kind.startswith("answers"), kind.endswith("bfloat16")
-            precision = "bfloat16" if mixed else None
+        for name, (stored, precision, _) in kinds.items():
             cfg, distiller, data = make(place, "dkd", model, batch_size, stored=stored, precision=precision)
-            sides[kind] = training(place, distiller, data, mixed=mixed)
+            sides[name] = training(place, distiller, data, mixed=precision == "bfloat16")
         student, teacher = (make_network(cfg.model[role], "model", CLASSES) for role in ("student", "teacher"))
         loader = torchvision_loader(data, batch_size, 2 + place.options.steps // epoch_length(data))
         sides["customary"] = lambda: plain_window(student.train(), teacher.eval(), loader, place.options.steps)
         found = interleaved(sides, place.options.rounds)
         taught, asked = (macs(network.eval(), torch.zeros(1, 3, 32, 32)) for network in (student, teacher))
-        for kind, target in targets.items():
-            asks = 0 if kind.startswith("answers") else asked
-            operations = 2 * batch_size * (3 * taught + asks)  # backward is twice forward
-            rate = place.hardware.bfloat16 if kind.endswith("bfloat16") else place.hardware.float32
-            products = operations / 1e9 / rate
+        for name, (stored, precision, target) in kinds.items():
+            operations = 2 * batch_size * (3 * taught + (0 if stored else asked))  # backward is twice forward
+            products = operations / 1e9 / getattr(place.hardware, precision)
             limit = (
                 f"; its products alone at the machine's rate {1000 * products:.1f} ms: at most "
                 f"{statistics.median(found['customary']) / products:.3g}"
             )
             yield Row(
-                f"a step, {kind}",
+                f"a step, {name}",
                 "a customary loop",
                 f"{model}, {batch_size}",
-                over(found["customary"], found[kind]),
+                over(found["customary"], found[name]),
                 f"speed >= {target}",
-                milliseconds({name: found[name] for name in (kind, "customary")})
+                milliseconds({side: found[side] for side in (name, "customary")})
                 + ("" if place.options.winograd else limit),
             )
 
