@@ -193,9 +193,10 @@ def check_class_order(answers: Answers, name: str) -> None:
     half = len(target) // 2
     counts = torch.bincount(target[:half] * classes + predicted[:half], minlength=classes**2).view(classes, classes)
     renamed = torch.as_tensor(np.asarray(linear_sum_assignment(counts.T.numpy(), maximize=True)[1]))
-    plain = float((predicted[half:] == target[half:]).double().mean())
-    better = float((renamed[predicted[half:]] == target[half:]).double().mean())
-    chance = 3 * (0.25 / len(target[half:])) ** 0.5
+    right, right_renamed = predicted[half:] == target[half:], renamed[predicted[half:]] == target[half:]
+    plain, better = (float(answered.double().mean()) for answered in (right, right_renamed))
+    # Images that both get right or wrong say nothing; of the others, chance gives either half: four deviations.
+    chance = 4 * float((right != right_renamed).sum()) ** 0.5 / len(right)
     if better > plain + 0.1 + chance:
         raise UserError(
             f"The teacher {name} gets {100 * plain:.0f} % of the images right, and {100 * better:.0f} % once its "
