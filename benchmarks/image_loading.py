@@ -1,6 +1,7 @@
-"""Throughput of FolderData's training loader against torchvision's usual one, on the same photos, side by side.
+"""The throughput of FolderData's training loader against torchvision's usual one, on the same photos, in turn.
 
-Both deliver the same kind of batch: normalised float32 [B, 3, 224, 224]. `python -m benchmarks.image_loading --help`.
+Both deliver the same kind of batch: normalised float32 [B, 3, 224, 224]. `python -m benchmarks.image_loading --help`
+lists the options.
 """
 
 import argparse
@@ -26,8 +27,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH_SIZE = 64
 
 
-def make_photos(root: Path, count: int, width: int = 500, height: int = 375) -> None:
-    """Blurred noise with grain, as JPEGs about as large as ImageNet's."""
+def write_photos(root: Path, count: int, width: int = 500, height: int = 375) -> None:
+    """Write blurred noise with grain, as JPEG files about as large as ImageNet's: `count` for training, 2 for test."""
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("val", 2)):
         for i in range(number):
@@ -39,8 +40,8 @@ def make_photos(root: Path, count: int, width: int = 500, height: int = 375) -> 
             Image.fromarray(photo.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=92)
 
 
-def ours(root: Path, workers: int) -> Callable[[], Iterator[Tensor]]:
-    """FolderData, normalised as a batch."""
+def make_our_loader(root: Path, workers: int) -> Callable[[], Iterator[Tensor]]:
+    """Make the function that yields an epoch of FolderData, with each batch normalised at once."""
     data = FolderData(
         name="photos", root=str(root), image_size=224, resize=256, scale=(0.08, 1.0), flip=True, mean=MEAN, std=STD,
         train_size=None, val_size=0, split_seed=0, workers=workers, batch_size=BATCH_SIZE, seed=0,
@@ -50,8 +51,8 @@ def ours(root: Path, workers: int) -> Callable[[], Iterator[Tensor]]:
     return lambda: (normalise(batch.images[0], MEAN, STD) for batch in loader)
 
 
-def torchvisions(root: Path, workers: int) -> Callable[[], Iterator[Tensor]]:
-    """The loader of torchvision's ImageNet reference."""
+def make_torchvision_loader(root: Path, workers: int) -> Callable[[], Iterator[Tensor]]:
+    """Make the function that yields an epoch of the loader in torchvision's ImageNet reference."""
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(224),
@@ -68,54 +69,58 @@ def torchvisions(root: Path, workers: int) -> Callable[[], Iterator[Tensor]]:
     return lambda: (images for images, _ in loader)
 
 
-def epoch(batches: Callable[[], Iterator[Tensor]]) -> tuple[int, float, float]:
-    """Images, seconds, and seconds of this process's processor."""
-    wall, processor = time.perf_counter(), processor_seconds()
-    count = sum(len(images) for images in batches())
-    return count, time.perf_counter() - wall, processor_seconds() - processor
+def measure_rates(epoch: Callable[[], Iterator[Tensor]]) -> tuple[float, float]:
+    """Load an epoch. Returns the images per second, and the images per second of this process's CPU time."""
+    begin, begin_cpu = time.perf_counter(), cpu_seconds()
+    count = sum(len(images) for images in epoch())
+    return count / (time.perf_counter() - begin), count / (cpu_seconds() - begin_cpu)
 
 
-def processor_seconds() -> float:
-    """Of this process, workers apart."""
+def cpu_seconds() -> float:
+    """Return the CPU time of this process without its workers."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def compare(root: Path, workers: int, repetitions: int) -> None:
-    """Print images a second of both, and their ratio as median and range over interleaved repetitions."""
-    loaders = {"ours": ours(root, workers), "torchvision": torchvisions(root, workers)}
-    walls: dict[str, list[float]] = {name: [] for name in loaders}
-    processors: dict[str, list[float]] = {name: [] for name in loaders}
+    """Print the images per second of both loaders, and their ratio over repetitions in turn."""
+    epochs = {"ours": make_our_loader(root, workers), "torchvision": make_torchvision_loader(root, workers)}
+    rates: dict[str, list[float]] = {name: [] for name in epochs}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in epochs}
     for repetition in range(repetitions + 1):
-        for name in list(loaders)[:: 1 if repetition % 2 else -1]:
-            count, wall, processor = epoch(loaders[name])
+        for name in list(epochs)[:: 1 if repetition % 2 else -1]:
+            rate, cpu_rate = measure_rates(epochs[name])
             if repetition:  # the first warms up
-                walls[name].append(count / wall)
-                processors[name].append(count / processor)
-    print(f"{workers} workers: {', '.join(f'{name} {statistics.median(walls[name]):.0f}' for name in walls)} images/s")
-    print(f"  ratio by the clock: {ratio(walls)}")
+                rates[name].append(rate)
+                cpu_rates[name].append(cpu_rate)
+    print(f"{workers} workers: {', '.join(f'{name} {statistics.median(rates[name]):.0f}' for name in rates)} images/s")
+    print(f"  ratio by the clock: {ratio(rates)}")
     if not workers:
-        print(f"  ratio by processor time: {ratio(processors)}")
+        print(f"  ratio by CPU time: {ratio(cpu_rates)}")
 
 
 def ratio(rates: dict[str, list[float]]) -> str:
-    """Median and range of ours over torchvision's."""
+    """Write the median and the range of our rate over torchvision's.
+
+    >>> ratio({"ours": [20.0, 60.0, 30.0], "torchvision": [10.0, 10.0, 10.0]})
+    '3.00 (2.00 to 6.00, n = 3)'
+    """
     ratios = sorted(ours / theirs for ours, theirs in zip(rates["ours"], rates["torchvision"], strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}, n = {len(ratios)})"
 
 
 def main() -> None:
-    """Compare for each number of workers."""
+    """Compare both loaders for each number of workers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, help="folder with train/<class>/... and val/<class>/...; default: made")
-    parser.add_argument("--images", type=int, default=256, help="how many to make")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--root", type=Path, help="folder of train/CLASS/... and val/CLASS/...; default: random photos")
+    parser.add_argument("--images", type=int, default=256, help="number of random photos")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of workers to compare")
+    parser.add_argument("--repetitions", type=int, default=5, help="timed epochs of each loader")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
         if options.root is None:
-            make_photos(Path(folder), options.images)
+            write_photos(Path(folder), options.images)
         for workers in options.workers:
             compare(options.root or Path(folder), workers, options.repetitions)
 

@@ -1,4 +1,4 @@
-"""What all commands do alike: run jobs, tell what failed in one sentence, and end."""
+"""The shared wrapper of all commands: run jobs, report a failure in one sentence, and end with an exit code."""
 
 import contextlib
 import functools
@@ -20,18 +20,22 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import distributed
 
-from src.errors import UserError
-from src.resume import BusyError, ended_by_signal
-from src.secrecy import DiscreetRecord, DiscreetStream, without_secrets
+import src.config  # noqa: F401  # registers the schemas and resolvers of conf/
+from src.common.errors import UserError
+from src.common.secrecy import RedactingRecord, RedactingStream, without_secrets
+from src.runs.lock import BusyError
+from src.runs.signals import stop_on_signal
 
-WORKERS = re.compile(r"</torch_|shared memory|DataLoader worker .* (killed|exited)|ancdata|Too many open files")
-"""What torch and Python say where processes cannot share tensors."""
+NO_SHARED_MEMORY = re.compile(
+    r"</torch_|shared memory|DataLoader worker .* (killed|exited)|ancdata|Too many open files"
+)
+"""Messages by which torch and Python report that processes cannot share tensors."""
 PROCESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")
-"""What Lightning tells the processes of a run, and takes for a cluster's word in the next one."""
+"""Variables that Lightning sets for the processes of a run. The next run would mistake them for a cluster's."""
 
 
 class SweepError(UserError):
-    """Jobs of a sweep failed, each with its own message before."""
+    """Some jobs of a sweep failed. Each of them has already reported its own message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,15 +43,17 @@ class SweepError(UserError):
         self.failed: list[list[str]] = []
 
     def __str__(self) -> str:
-        """Names the failed jobs by what is not the same in all jobs."""
-        same = set.intersection(*map(set, self.jobs)) if len(self.jobs) > 1 else set()
-        names = [" ".join(override for override in job if override not in same) for job in self.failed]
+        """List the failed jobs, each by the overrides that not all jobs share."""
+        shared = set.intersection(*map(set, self.jobs)) if len(self.jobs) > 1 else set()
+        names = [" ".join(override for override in job if override not in shared) for job in self.failed]
         return f"{len(self.failed)} of {len(self.jobs)} jobs failed: {'; '.join(names)}."
 
 
 def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """A task for `hydra.main` that tells its failure at once, and in a sweep by one error that names all failed jobs:
-    Hydra raises the first job's, after the last job.
+    """Wrap a task for `hydra.main`, so that each failure is reported at once and a sweep continues.
+
+    After a sweep, the wrapped task raises one error that lists all failed jobs. Hydra alone would raise only the error
+    of the first failed job.
     """
     sweep = SweepError()
 
@@ -59,7 +65,7 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             _check_choices(overrides)
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 return task(cfg)
-            _clean(Path(HydraConfig.get().sweep.dir) / "multirun.yaml")
+            _redact(Path(HydraConfig.get().sweep.dir) / "multirun.yaml")
             with _own_processes(overrides):
                 return task(cfg)
         except Exception as error:
@@ -69,7 +75,7 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                     raise
                 sys.exit(f"error: {sentence}")
             if isinstance(error, BusyError):
-                print(f"{sentence} Left to it.")
+                print(f"{sentence} This sweep skips the run.")
                 return None
             print(f"error: {sentence}" if sentence else traceback.format_exc(), file=sys.stderr)
             sweep.failed.append(overrides)
@@ -78,8 +84,8 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     return run
 
 
-def _clean(file: Path) -> None:
-    """Take the secrets out of what Hydra has written of the command line."""
+def _redact(file: Path) -> None:
+    """Remove secrets from a file to which Hydra has written the command line."""
     text = file.read_text() if file.is_file() else ""
     if text != (clean := without_secrets(text)):
         file.write_text(clean)
@@ -87,7 +93,7 @@ def _clean(file: Path) -> None:
 
 @contextlib.contextmanager
 def _own_processes(overrides: Sequence[str]) -> Iterator[None]:
-    """The processes that Lightning starts for several devices do this job of a sweep and end; the next has new ones."""
+    """Let Lightning start new processes for each job of a sweep that trains on several devices."""
     argv, before = sys.argv, {name: os.environ.get(name) for name in PROCESS_VARIABLES}
     sys.argv = [argv[0], *overrides]
     try:
@@ -103,21 +109,24 @@ def _own_processes(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _check_choices(overrides: Sequence[str]) -> None:
-    """Raise `UserError` for `group=[a,b]`, which Hydra merges into one node: what b names hides what a does."""
+    """Reject `group=[a,b]`: Hydra merges them, and b silently overrides a."""
     for override in overrides:
         group, _, chosen = override.partition("=")
         if "." not in group.partition("@")[0] and group != "forms" and chosen.startswith("["):
-            raise UserError(f"{override} would merge them into one: choose one, and combine methods by method@also=...")
+            raise UserError(
+                f"{override} would merge several choices into one: choose one. To combine two methods, add "
+                "method@also=..."
+            )
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command; what the user can mend ends in one sentence and exit code 1 instead of a traceback."""
+    """Run a command. A mistake of the user ends the command with one sentence and exit code 1, without a traceback."""
     _quiet()
     try:
         for override in sys.argv[1:]:
-            if re.match(r"[+~]*(@[^=]*)?=", override):  # Hydra would end in a traceback
-                raise UserError(f"{override} names no option: write option=value, see `--help` for what there is.")
-        with ended_by_signal():
+            if re.match(r"[+~]*(@[^=]*)?=", override):  # Hydra would end with a traceback
+                raise UserError(f"{override} does not name an option: write option=value. --help lists the options.")
+        with stop_on_signal():
             main()
     except Exception as error:
         sentence = _sentence(error)
@@ -127,48 +136,58 @@ def run_command(main: Callable[[], Any]) -> None:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What a user can do something about, in one line and without secrets; None for any other error."""
-    sentence = _told(error)
+    """Describe an error that the user can correct, in one line without secrets. Returns None for any other error."""
+    sentence = _describe(error)
     return None if sentence is None else without_secrets(sentence)
 
 
-def _told(error: BaseException) -> str | None:
-    if "iter(combined_loader)" in str(error) and error.__context__:  # Lightning hides why workers did not start
-        return _told(error.__context__)
+def _describe(error: BaseException) -> str | None:
+    if "iter(combined_loader)" in str(error) and error.__context__:  # Lightning hides why the workers did not start
+        return _describe(error.__context__)
     if isinstance(error, (UserError, MisconfigurationException)):
         return " ".join(str(error).split())
     if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
-        return _first_sentence(error)
-    kept = "what a run had saved before is kept, the same command resumes."
-    if WORKERS.search(str(error)) and isinstance(error, (OSError, RuntimeError)):
+        return _shorten(error)
+    kept = "All checkpoints are kept, and the same command resumes a run."
+    if _lacks_shared_memory(error):
         reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2].rstrip(".")
-        return f"The data's workers lack memory to share, or open files ({reason}): set data.workers=0; {kept}"
+        return f"The data's workers ran out of shared memory or open files ({reason}): set data.workers=0. {kept}"
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error}{where}; {kept}"
+        return f"{error.strerror or error}{where}. {kept}"
     return None
 
 
+def _lacks_shared_memory(error: BaseException) -> bool:
+    """Return whether processes could not share tensors or semaphores. Both lie in the system's shared memory."""
+    if not isinstance(error, (OSError, RuntimeError)):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    in_semaphore = bool(frames) and Path(frames[-1].filename).parts[-2:] == ("multiprocessing", "synchronize.py")
+    return in_semaphore or NO_SHARED_MEMORY.search(str(error)) is not None
+
+
 def _quiet() -> None:
-    """Leave out what Lightning says at every start and nobody can act upon; let Hydra pass errors on."""
+    """Silence messages on which nobody can act, redact secrets, and let Hydra pass errors on."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    logging.setLogRecordFactory(DiscreetRecord)
-    sys.stderr = cast(Any, DiscreetStream(sys.stderr))
+    logging.setLogRecordFactory(RedactingRecord)
+    sys.stderr = cast(Any, RedactingStream(sys.stderr))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # logs a failed import before it raises the error
     for message in (
         "does not have many workers",
         "treespec, LeafSpec",
-        "resuming from a checkpoint that ended before the epoch ended",  # `EpochBatches` goes on there
+        "resuming from a checkpoint that ended before the epoch ended",  # `EpochBatches` resumes in mid-epoch
         "[Cc]heckpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
-def _first_sentence(error: Exception) -> str:
-    """Hydra's message without the stack of contexts behind it and the places where it looked."""
+def _shorten(error: Exception) -> str:
+    """Return a message of Hydra in one line, without its stack of contexts and its search path."""
     cause = error.__cause__ if error.__cause__ is not None else error
     lines = [line.strip() for text in dict.fromkeys([str(error), str(cause)]) for line in text.splitlines()]
     left_out = ("full_key", "object_type", "reference_type", "Set the", "Config search path", "provider=", "See http")
     kept = [line.rstrip(".") for line in dict.fromkeys(lines) if line and not line.startswith(left_out)]
-    return "; ".join([*kept, "see `--help` for what there is."]).replace(":;", ":")
+    return "; ".join([*kept, "--help lists the options."]).replace(":;", ":")

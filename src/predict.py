@@ -1,7 +1,7 @@
-"""`python -m src.predict student.onnx image.png ...`: the likeliest classes of pictures, by an exported student.
+"""`python -m src.predict student.onnx image.png ...`: classify pictures with an exported student.
 
-Needs onnxruntime, numpy and Pillow alone, and nothing else of this project: the file can be copied to where it serves.
-Input size, normalisation and class names are the student's own: they come out of its file.
+This file needs only onnxruntime, numpy and Pillow, and imports nothing of this project: copy it to the machine
+that uses the student. Input size, normalisation and class names are read from the student's file.
 """
 
 import argparse
@@ -16,106 +16,130 @@ import onnxruntime
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-LARGEST_SIDE, LARGEST_RATIO = 4096, 50
+LARGEST_SIDE = 4096
+"""Pixels. A file whose metadata asks for larger images is refused."""
+LARGEST_RATIO = 50
+"""Maximum ratio of a picture's longer to its shorter side. Resizing narrower pictures would need too much memory."""
 
 
 class RefusedError(Exception):
-    """One sentence that says what is wrong with which file."""
+    """A file that cannot be used. The message is one sentence that says what is wrong with it."""
 
 
-class Student(NamedTuple):
-    """An exported student, ready to be asked."""
+class ExportedStudent(NamedTuple):
+    """An exported student, ready to classify pictures."""
 
     session: onnxruntime.InferenceSession
     class_names: list[str]
     image_size: tuple[int, int]
-    """Height and width of what the network sees."""
+    """Height and width of the network's input."""
     resize: tuple[int, int]
-    """What a picture is made to cover before its centre is cut out."""
+    """Height and width that a resized picture covers before its centre is cut out."""
 
     def probabilities(self, image: Image.Image) -> np.ndarray:
-        """[C] float64 of one RGB picture of any size; normalisation is part of the network.
+        """Compute the class probabilities [C] float64 of one RGB picture of any size.
 
-        Raises `RefusedError` where the network fails on it.
+        The network itself normalises the pixels. Raises `RefusedError` if the network fails.
         """
-        pixels = np.asarray(centre(image, self.resize, self.image_size))
+        pixels = np.asarray(central_crop(image, self.resize, self.image_size))
         try:
             (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]})
-        except Exception as error:  # onnxruntime has a class of its own for every kind of failure
-            raise RefusedError(f"The network fails ({printable(str(error))[:300]}): export it again.") from None
+        except Exception as error:  # onnxruntime has a class of its own for each kind of failure
+            reason = printable(str(error))[:300]
+            raise RefusedError(f"onnxruntime cannot run the network ({reason}): export it again.") from None
         if logits.shape != (1, len(self.class_names)) or not np.isfinite(logits).all():
-            raise RefusedError("The network does not answer by a finite number for each class: export it again.")
+            raise RefusedError("The network does not return one finite number for each class: export it again.")
         shifted = np.exp(logits[0].astype(np.float64) - logits.max())
-        return shifted / shifted.sum()
+        probabilities: np.ndarray = shifted / shifted.sum()
+        return probabilities
 
 
-def load(file: Path) -> Student:
-    """The student in an .onnx file; nothing in it is executed but its graph.
+def load(file: Path) -> ExportedStudent:
+    """Load the student in an .onnx file. Only the file's graph is executed.
 
-    Raises `RefusedError` where onnxruntime cannot load it, or it does not say how it is to be used.
+    Raises `RefusedError` if onnxruntime cannot load the file, or if its metadata is missing or invalid.
     """
     if not file.is_file():
-        raise RefusedError(f"{file} is no file: give an .onnx file that src.export wrote.")
+        raise RefusedError(f"{file} is not a file: give an .onnx file that src.export wrote.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a class of its own for every kind of damage
-        raise RefusedError(f"{file} cannot be loaded by onnxruntime ({printable(str(error))[:300]}).") from None
+    except Exception as error:  # onnxruntime has a class of its own for each kind of damage
+        reason = printable(str(error))[:300]
+        raise RefusedError(f"onnxruntime cannot load {file} ({reason}): export it again.") from None
     try:
-        return _described(session)
+        return _read_metadata(session)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {printable(str(error))[:200]}"
         raise RefusedError(
-            f"{file} does not say how pictures are fed to it ({type(error).__name__}: {printable(str(error))[:200]}): "
-            "export it by python -m src.export."
+            f"{file} has no valid metadata ({reason}): export the student again with python -m src.export."
         ) from None
 
 
-def _described(session: onnxruntime.InferenceSession) -> Student:
-    """Raises `KeyError`, `TypeError` or `ValueError` where the metadata is missing, garbled, or not the graph's."""
+def _read_metadata(session: onnxruntime.InferenceSession) -> ExportedStudent:
+    """Read how the student is used.
+
+    Raises `KeyError`, `TypeError`, `ValueError` or `RecursionError` if the metadata is missing, is garbled, or does not
+    fit the graph.
+    """
     metadata = session.get_modelmeta().custom_metadata_map
     names = json.loads(metadata["class_names"])
-    size, resize = (_size(json.loads(metadata[key])) for key in ("image_size", "resize"))
+    size, resize = (_parse_size(json.loads(metadata[key])) for key in ("image_size", "resize"))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError("class_names is no list of names")
+        raise ValueError("class_names is not a list of names")
     if metadata["normalisation"] != '"inside"':
-        raise ValueError("normalisation is not inside the network")
+        raise ValueError("the network does not normalise the pixels itself")
     if any(cut > whole for cut, whole in zip(size, resize, strict=True)):
         raise ValueError("image_size is larger than resize")
-    taken, given = [(node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
-    if taken != ("tensor(uint8)", [3, *size]) or given != ("tensor(float)", [len(names)]):
-        raise ValueError(f"the network takes {taken} and gives {given}, which the metadata does not fit")
-    return Student(session, [printable(name) for name in names], size, resize)
+    found = [(node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
+    expected = [("tensor(uint8)", [3, *size]), ("tensor(float)", [len(names)])]
+    if found != expected:
+        raise ValueError(f"the network's inputs and outputs are {found}, but the metadata describes {expected}")
+    return ExportedStudent(session, [printable(name) for name in names], size, resize)
 
 
-def _size(value: Any) -> tuple[int, int]:
+def _parse_size(value: Any) -> tuple[int, int]:
     height, width = value
     if not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in (height, width)):
-        raise ValueError(f"{value} is no height and width")
+        raise ValueError(f"{value} is not a valid height and width")
     return height, width
 
 
 def printable(text: str) -> str:
-    """Text out of a file, without what would steer a terminal."""
+    r"""Replace characters that could control a terminal by spaces.
+
+    >>> printable("red\x1b[31m")
+    'red [31m'
+    """
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def read(file: Path) -> Image.Image:
-    """A picture in RGB. Raises `RefusedError` where it cannot be read."""
+def read_picture(file: Path) -> Image.Image:
+    """Read a picture as RGB. Raises `RefusedError` if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = rgb(Image.open(file, formats=FORMATS))
+            image = to_rgb(Image.open(file, formats=FORMATS))
         if max(image.size) > LARGEST_RATIO * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
         return image
     except Exception as error:  # broken bytes make decoders raise almost anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise RefusedError(f"{file} cannot be read as a picture ({printable(reason)}).") from None
+        raise RefusedError(
+            f"{file} cannot be read as a picture ({printable(reason)}): give a file in one of the formats "
+            f"{', '.join(FORMATS)}."
+        ) from None
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """As training reads photos: 16 bits become 8, transparency and the camera's note which side is up are ignored."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture to RGB as training does.
+
+    16 bits become 8. Transparency and the EXIF orientation are ignored.
+
+    >>> to_rgb(Image.new("I;16", (1, 1), 40_000)).getpixel((0, 0))
+    (156, 156, 156)
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
@@ -123,8 +147,12 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def centre(image: Image.Image, resize: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """As evaluation sees photos: made as small as still covers `resize` (height, width), then the central `size`."""
+def central_crop(image: Image.Image, resize: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """Resize a picture to just cover `resize` (height, width), and cut out its central `size`, as evaluation does.
+
+    >>> central_crop(Image.new("RGB", (640, 480)), resize=(256, 256), size=(224, 224)).size
+    (224, 224)
+    """
     width, height = image.size
     if width * resize[0] < height * resize[1]:
         whole = (resize[1], max(resize[0], resize[1] * height // width))
@@ -137,11 +165,11 @@ def centre(image: Image.Image, resize: tuple[int, int], size: tuple[int, int]) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the likeliest classes of each picture; exit code 1 where one could not be read."""
+    """Print the most likely classes of each picture. Returns exit code 1 if a file could not be used, else 0."""
     parser = argparse.ArgumentParser(prog="python -m src.predict", description=__doc__, allow_abbrev=False)
     parser.add_argument("student", type=Path, help="an .onnx file that src.export wrote")
     parser.add_argument("images", type=Path, nargs="+", help="pictures: " + ", ".join(FORMATS))
-    parser.add_argument("--top", type=int, default=5, help="how many classes to print (5)")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to print (default: 5)")
     given = parser.parse_args(arguments)
     if given.top < 1:
         parser.error("--top must be positive")
@@ -150,18 +178,22 @@ def main(arguments: list[str] | None = None) -> int:
         student = load(given.student)
         for file in given.images:
             try:
-                probabilities = student.probabilities(read(file))
+                probabilities = student.probabilities(read_picture(file))
             except RefusedError as error:
                 failed = True
-                print(f"error: {error}", file=sys.stderr)
+                _print_error(error)
                 continue
             print(printable(str(file)))
             for k in np.argsort(-probabilities, kind="stable")[: given.top]:
                 print(f"  {100 * probabilities[k]:6.2f} %  {student.class_names[k]}")
     except RefusedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 1
     return int(failed)
+
+
+def _print_error(error: RefusedError) -> None:
+    print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

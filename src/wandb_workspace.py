@@ -1,6 +1,6 @@
-"""`python -m src.wandb_workspace ENTITY [PROJECT]`: a W&B workspace of this project's runs, made by W&B's own library.
+"""`python -m src.wandb_workspace ENTITY [PROJECT]`: make a W&B workspace for this project's runs with W&B's library.
 
-Needs `pip install -e '.[workspace]'` and a login.
+It needs `pip install -e '.[workspace]'` and a login.
 """
 
 import argparse
@@ -10,7 +10,10 @@ import wandb_workspaces.workspaces as ws
 
 
 def workspace(entity: str, project: str) -> ws.Workspace:
-    """Runs grouped by method; accuracy first, then calibration, what the run made, and its loss terms."""
+    """Make a workspace that groups the runs by method.
+
+    It shows the results, the curves by epoch, the figures of classes, and the settings that differ.
+    """
     scores = [
         wr.LinePlot(title=f"{name} ({split})", x="epoch", y=[f"{split}/{name}"], groupby_rangefunc="stddev")
         for split in ("test", "val")
@@ -39,10 +42,10 @@ def workspace(entity: str, project: str) -> ws.Workspace:
 
 
 def main() -> None:
-    """Save it and say where."""
+    """Save the workspace and print its address."""
     parser = argparse.ArgumentParser(prog="python -m src.wandb_workspace", description=__doc__)
-    parser.add_argument("entity", help="the user or team that the project belongs to")
-    parser.add_argument("project", nargs="?", default="aekt")
+    parser.add_argument("entity", help="the user or team that owns the project")
+    parser.add_argument("project", nargs="?", default="aekt", help="the W&B project; default: aekt")
     given = parser.parse_args()
     print(workspace(given.entity, given.project).save().url)
 

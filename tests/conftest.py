@@ -1,25 +1,15 @@
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from src.data.arrays import save_arrays
-from tests.commands import run
+from src.data.array_file import save_arrays
+from tests.helpers.arrays import colour_arrays
+from tests.helpers.commands import run
+from tests.helpers.place import RUNS, Place
 
 torch.set_num_threads(1)  # tests run side by side
-
-
-def colour_arrays(train: int = 200, test: int = 60, classes: int = 10) -> dict[str, np.ndarray]:
-    """Contents of a small array file of 32 x 32 images: each class has a colour of its own under noise."""
-    random = np.random.default_rng(0)
-    colours = random.permutation(np.array(np.meshgrid([30, 125, 220], [30, 125, 220], [30, 125, 220])).reshape(3, -1).T)
-    arrays: dict[str, np.ndarray] = {"class_names": np.array([f"colour {i}" for i in range(classes)])}
-    for split, count in (("train", train), ("test", test)):
-        labels = (np.arange(count) % classes).astype(np.uint8)
-        images = colours[labels][:, None, None, :] + random.normal(0, 12, (count, 32, 32, 3))
-        arrays |= {f"{split}_images": images.clip(0, 255).astype(np.uint8), f"{split}_labels": labels}
-    return arrays
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +32,26 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, array_file: Path) -> 
     assert ran.code == 0, ran.err
     (file,) = (folder / "runs").glob("*/*/aekt/*/result.json")
     return file.parent
+
+
+@pytest.fixture
+def place(tmp_path: Path, array_file: Path) -> Place:
+    """An empty folder for runs and teachers."""
+    return Place(tmp_path, array_file)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, array_file: Path) -> Place:
+    """A folder with short runs of several methods and of their teacher. Tests only read it."""
+    place = Place(tmp_path_factory.mktemp("finished"), array_file)
+    for method, layer in RUNS:
+        ran = place.train(f"method={method}", f"serialization={layer}")
+        assert (ran.code, ran.err) == (0, ""), ran.err
+    return place
+
+
+@pytest.fixture
+def copies(finished: Place, tmp_path: Path) -> Place:
+    """Copies of the finished runs, which a test may change."""
+    shutil.copytree(finished.runs, tmp_path / "runs")
+    return Place(tmp_path, finished.data)

@@ -1,4 +1,4 @@
-"""The command that serves: what it needs, what it says, and what it refuses."""
+"""The command `python -m src.predict`: it needs only its runtime, and reads pictures as evaluation does."""
 
 import ast
 import json
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from src.data import photos
-from src.export import Classifier, Form, write
+from src.exporting.forms import Classifier, Form, write_form
 from src.models.resnet import resnet8
-from tests.commands import SOURCE
-from tests.data.photo_folders import encoded, files, picture
+from tests.helpers.commands import SOURCE
+from tests.helpers.photo_folders import encoded, files, picture
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -27,7 +27,7 @@ pytest.importorskip("onnxscript")
 from src import predict  # noqa: E402  (needs onnxruntime)
 
 NAMES = ["ant", "bee", "c\x1b[31mat", "dog"]
-FACTS: dict[str, Any] = {"class_names": NAMES, "image_size": [16, 16], "resize": [20, 20], "normalisation": "inside"}
+METADATA: dict[str, Any] = {"class_names": NAMES, "image_size": [16, 16], "resize": [20, 20], "normalisation": "inside"}
 
 
 def small_student() -> Classifier:
@@ -40,7 +40,7 @@ def small_student() -> Classifier:
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("student") / "student.onnx"
-    write(small_student(), file, Form("onnx", "float32"), torch.zeros(1, 3, 16, 16, dtype=torch.uint8), FACTS)
+    write_form(small_student(), file, Form("onnx", "float32"), torch.zeros(1, 3, 16, 16, dtype=torch.uint8), METADATA)
     return file
 
 
@@ -51,7 +51,7 @@ def image(tmp_path: Path) -> Path:
     return file
 
 
-def test_it_imports_nothing_but_the_runtime() -> None:
+def test_it_imports_only_the_runtime() -> None:
     tree = ast.parse((SOURCE / "predict.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -60,9 +60,12 @@ def test_it_imports_nothing_but_the_runtime() -> None:
 
 
 def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Path) -> None:
-    """As a file by itself, in a process in which this project's other packages cannot be imported."""
+    """Run the file by its path, in a process in which no other package of this project can be imported."""
     blocked = "torch", "torchvision", "lightning", "hydra", "omegaconf", "onnx", "src"
-    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked})); runpy.run_path({str(SOURCE / 'predict.py')!r}, run_name='__main__')"  # noqa: E501
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked})); "
+        f"runpy.run_path({str(SOURCE / 'predict.py')!r}, run_name='__main__')"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code, student, image, "--top", "2"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -84,40 +87,40 @@ def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Pat
 def test_pictures_are_read_as_in_evaluation(name: str, tmp_path: Path) -> None:
     file = tmp_path / Path(name).name
     file.write_bytes(files(0)[name])
-    ours = predict.centre(predict.read(file), (20, 20), (16, 16))
-    theirs = photos.centre(photos.Photo(file.read_bytes(), name), 20, 16)
+    cut = predict.central_crop(predict.read_picture(file), (20, 20), (16, 16))
+    expected = photos.centre(photos.Photo(file.read_bytes(), name), 20, 16)
     if name == "d.Jpg":  # evaluation decodes large JPEGs at a reduced size
-        assert np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int)).mean() < 4
+        assert np.abs(np.asarray(cut, dtype=int) - np.asarray(expected, dtype=int)).mean() < 4
     else:
-        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+        assert np.array_equal(np.asarray(cut), np.asarray(expected))
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 24), st.integers(0, 8))
-def test_the_centre_is_that_of_evaluation(width: int, height: int, size: int, margin: int) -> None:
+def test_the_central_crop_is_that_of_evaluation(width: int, height: int, size: int, margin: int) -> None:
     image = picture(width, width, height)
-    ours = predict.centre(image, (size + margin, size + margin), (size, size))
-    theirs = photos.centre(photos.Photo(encoded(image, "PNG"), "image"), size + margin, size)
-    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    cut = predict.central_crop(image, (size + margin, size + margin), (size, size))
+    expected = photos.centre(photos.Photo(encoded(image, "PNG"), "image"), size + margin, size)
+    assert np.array_equal(np.asarray(cut), np.asarray(expected))
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 24), st.integers(1, 24))
-def test_the_centre_has_the_size_that_is_asked_for(width: int, height: int, rows: int, columns: int) -> None:
-    cut = predict.centre(Image.new("RGB", (width, height), (9, 9, 9)), (rows, columns), (rows, columns))
+def test_the_central_crop_has_the_requested_size(width: int, height: int, rows: int, columns: int) -> None:
+    cut = predict.central_crop(Image.new("RGB", (width, height), (9, 9, 9)), (rows, columns), (rows, columns))
     assert cut.size == (columns, rows)
     assert (np.asarray(cut) == 9).all()  # no black border
 
 
-def test_an_image_of_the_networks_size_stays_as_it_is() -> None:
+def test_an_image_of_the_networks_size_is_unchanged() -> None:
     image = picture(3, 32, 32)
-    assert np.array_equal(np.asarray(predict.centre(image, (32, 32), (32, 32))), np.asarray(image))
+    assert np.array_equal(np.asarray(predict.central_crop(image, (32, 32), (32, 32))), np.asarray(image))
 
 
 # What is refused
 
 
-def test_a_bad_picture_is_one_sentence_and_the_others_are_told(
+def test_a_bad_picture_is_refused_and_the_others_are_classified(
     student: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = image.read_bytes()
@@ -137,7 +140,15 @@ def test_a_bad_picture_is_one_sentence_and_the_others_are_told(
     assert "\x1b" not in out
 
 
+def test_a_hostile_file_name_cannot_control_the_terminal(
+    student: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main([str(student), "missing\x1b[31m.png", str(image)]) == 1
+    assert "error: missing [31m.png cannot be read as a picture" in capsys.readouterr().err
+
+
 def refused(student: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command, check that it prints only one error, and return it."""
     assert predict.main([str(student), str(image)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -165,22 +176,22 @@ def refused(student: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> s
     ],
     ids=str,
 )
-def test_garbled_metadata(
+def test_garbled_metadata_is_refused(
     garbled: dict[str, str | None], student: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = onnx.load(student)
-    told = {**{key: json.dumps(value) for key, value in FACTS.items()}, **garbled}
+    stored = {**{key: json.dumps(value) for key, value in METADATA.items()}, **garbled}
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {key: value for key, value in told.items() if value is not None})
+    onnx.helper.set_model_props(model, {key: value for key, value in stored.items() if value is not None})
     onnx.save(model, tmp_path / "garbled.onnx")
     line = refused(tmp_path / "garbled.onnx", image, capsys)
-    assert "does not say how pictures are fed to it" in line
-    assert "export it by python -m src.export" in line
+    assert "has no valid metadata (" in line
+    assert "export the student again with python -m src.export" in line
     assert len(line) < 1000
 
 
 def graph_file(file: Path, *, domain: str = "", operator: str = "Add", location: str | None = None) -> Path:
-    """One operator on an input and a constant, which may lie in another file."""
+    """Write a graph of one operator on an input and a constant, which may be stored in another file."""
     constant = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [4], [0.0] * 4)
     if location is not None:
         constant.ClearField("float_data")
@@ -204,12 +215,12 @@ def test_weights_outside_the_files_folder_are_not_read(
     (folder / "below").mkdir(parents=True)
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
     (folder / "inside.bin").write_bytes(bytes(16))
-    # what is loaded from inside its folder gets as far as its metadata: the refusal is that of the path
+    # Weights in the folder are loaded, and only the metadata is missing: the hostile file is refused for its path.
     beside = graph_file(folder / "beside.onnx", location="inside.bin")
-    assert "does not say how pictures are fed to it" in refused(beside, image, capsys)
+    assert "has no valid metadata" in refused(beside, image, capsys)
     file = graph_file(folder / "hostile.onnx", location=location.format(tmp=tmp_path))
     line = refused(file, image, capsys)
-    assert "cannot be loaded by onnxruntime" in line
+    assert "onnxruntime cannot load" in line
     assert "xternal data" in line
 
 
@@ -217,21 +228,23 @@ def test_operators_of_other_libraries_are_not_run(
     image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = graph_file(tmp_path / "custom.onnx", domain="hostile", operator="Run")
-    assert "cannot be loaded by onnxruntime" in refused(file, image, capsys)
+    assert "onnxruntime cannot load" in refused(file, image, capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"noise" * 100, None])
-def test_a_file_that_is_no_network(
+def test_a_file_without_a_network_is_refused(
     content: bytes | None, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "student.onnx"
     if content is not None:
         file.write_bytes(content)
     line = refused(file, image, capsys)
-    assert line.startswith(f"error: {file} " + ("is no file" if content is None else ""))
+    assert line.startswith(
+        f"error: {file} is not a file" if content is None else f"error: onnxruntime cannot load {file} ("
+    )
 
 
-def test_a_network_that_answers_nan(
+def test_a_network_that_computes_nan_is_refused(
     student: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = onnx.load(student)
@@ -240,4 +253,4 @@ def test_a_network_that_answers_nan(
         if values.dtype == np.float32:
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.nan), tensor.name))
     onnx.save(model, tmp_path / "nan.onnx")
-    assert "does not answer by a finite number for each class" in refused(tmp_path / "nan.onnx", image, capsys)
+    assert "does not return one finite number for each class" in refused(tmp_path / "nan.onnx", image, capsys)

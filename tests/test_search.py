@@ -1,4 +1,4 @@
-"""Searches for a method's constants: by Optuna, and what W&B's agent would run for conf/sweep.yaml."""
+"""Searches for a method's constants: by Optuna, and by the agent of W&B with conf/sweep.yaml."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from hydra import compose, initialize
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from tests.commands import Ran, run
+from tests.helpers.commands import Ran, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,11 +30,11 @@ def test_a_search_chooses_by_held_out_images(tmp_path: Path, array_file: Path) -
     assert len(list(tmp_path.glob("*/*/aekt/*/result.json"))) == 2
 
 
-def test_a_search_on_test_images_is_refused(tmp_path: Path, array_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_by_test_images_is_refused(tmp_path: Path, array_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     ran = search(tmp_path, array_file, "data.val_size=0", "hydra.sweeper.n_trials=2")
     assert ran.code == 1
-    assert "would choose by test images: hold some out, data.val_size=N" in ran.err
+    assert "would choose by test images: hold out training images with data.val_size=N" in ran.err
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     ran = run("train", "data=cifar10", f"data.path={array_file}", f"runs={tmp_path}", "method=vanilla", "logger=none")
     assert (ran.code, ran.err.count("\n")) == (1, 1)
@@ -42,14 +42,14 @@ def test_a_search_on_test_images_is_refused(tmp_path: Path, array_file: Path, mo
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_what_an_agent_runs_for_the_sweep_is_a_configuration() -> None:
+def test_the_command_of_a_wandb_agent_composes() -> None:
     sweep = load_sweep_config(str(ROOT / "conf" / "sweep.yaml"))
     assert sweep is not None
     chosen = {
         name: {"value": space.get("value", space.get("min", (space.get("values") or [None])[0]))}
         for name, space in sweep["parameters"].items()
     }
-    assert not any(value["value"] is None for value in chosen.values())  # W&B would write None, and Hydra wants null
+    assert not any(value["value"] is None for value in chosen.values())  # W&B writes None, but Hydra needs null
     command = create_sweep_command(list(sweep["command"]))
     assert command[:4] == ["${env}", "${interpreter}", "-m", "src.train"]
     arguments = create_sweep_command_args({"args": chosen})["args_no_hyphens"]

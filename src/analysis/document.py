@@ -1,4 +1,4 @@
-"""What a report holds, and its three forms: Markdown, LaTeX (booktabs) and one HTML page that needs nothing else."""
+"""The contents of a report, and its three forms: Markdown, LaTeX (booktabs), and one self-contained HTML page."""
 
 import base64
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 
 class Table(NamedTuple):
-    """Cells of text; the first column names the row."""
+    """A table of text. The first column names the row."""
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     sentences: bool = False
-    """Whether the last column holds some."""
+    """True if the last column holds sentences, which wrap. Other cells stay on one line."""
 
 
 class Picture(NamedTuple):
-    """A PNG file, and what it shows in words."""
+    """A PNG file and its caption."""
 
     file: Path
     caption: str
     wide: bool = False
-    """Whether it takes the whole width of a page."""
+    """True if the picture takes the whole width of a page."""
 
 
 class Section(NamedTuple):
-    """What belongs under one title."""
+    """The notes, tables and pictures under one title."""
 
     title: str
     notes: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Section(NamedTuple):
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """All sections; pictures are named relative to where they lie."""
+    """Write all sections as Markdown. Pictures are linked by their file name, so keep them beside the text."""
     lines = []
     for section in sections:
         lines += [f"## {_plain(section.title)}", ""]
@@ -56,12 +56,16 @@ def markdown(sections: Sequence[Section]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that is no markup and ends no cell."""
+    """Escape text so that it can neither act as markup nor end a cell.
+
+    >>> print(_plain("a | [b]\\n<i>"))
+    a \\| \\[b] &lt;i>
+    """
     return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 
 
 def latex(sections: Sequence[Section]) -> str:
-    r"""The tables, for a document with \usepackage{booktabs,graphicx}; a wide one shrinks to the line."""
+    r"""Write the tables for a document with \usepackage{booktabs,graphicx}. A wide table shrinks to the line width."""
     lines = [r"% needs \usepackage{booktabs,graphicx}"]
     box = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{"
     for section in sections:
@@ -80,7 +84,7 @@ def latex(sections: Sequence[Section]) -> str:
 
 
 def html(title: str, sections: Sequence[Section]) -> str:
-    """One page; pictures are inside it, and all text is escaped."""
+    """Write one HTML page that contains its pictures. All text is escaped."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["inlined"] = lambda file: base64.b64encode(file.read_bytes()).decode()
     template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a finished run's student says about every test image, and what it costs to ask it."""
+"""A student's predictions for the test images, and the cost of one image."""
 
 import itertools
 from collections.abc import Callable
@@ -10,60 +10,70 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.data.image_data import ImageData
-from src.distiller import Distiller
+from src.training.distiller import Distiller
 
 
 class Predictions(NamedTuple):
-    """The K likeliest classes of N images."""
+    """The K likeliest classes of each of N images."""
 
     classes: np.ndarray
     """[N, K] int64, the likeliest first."""
     probabilities: np.ndarray
-    """[N, K] of these classes."""
+    """[N, K], the probabilities of these classes."""
     target: np.ndarray
-    """[N] int64, the labelled class."""
+    """[N] int64, the class of each label."""
 
     @property
     def predicted(self) -> np.ndarray:
-        """[N], the likeliest class."""
-        return self.classes[:, 0]
+        """The likeliest class, [N]."""
+        likeliest: np.ndarray = self.classes[:, 0]
+        return likeliest
 
     @property
     def confidence(self) -> np.ndarray:
-        """[N], its probability."""
-        return self.probabilities[:, 0]
+        """The probability of the likeliest class, [N]."""
+        largest: np.ndarray = self.probabilities[:, 0]
+        return largest
 
     @property
     def correct(self) -> np.ndarray:
-        """[N] bool."""
-        return self.predicted == self.target
+        """True for each image whose likeliest class is the target, [N] bool."""
+        correct: np.ndarray = np.equal(self.predicted, self.target)
+        return correct
 
 
 @torch.no_grad()
 def predict(distiller: Distiller, data: ImageData, likeliest: int = 3, batches: int | None = None) -> Predictions:
-    """Ask the student, on the device that it is on, about all test images in order, or those of the first `batches`."""
+    """Predict the test images in order, on the device of the module.
+
+    Keeps the `likeliest` classes of each image. `batches` limits the number of batches. None means all.
+    """
     distiller.eval()
     answers = []
     for batch in itertools.islice(data.evaluation_loader("test"), batches):
-        said = distiller.predict_logits(batch.images[0].to(distiller.device)).softmax(dim=1)
-        answers.append([part.cpu() for part in said.topk(min(likeliest, said.shape[1]))] + [batch.target])
-    probabilities, classes, target = (torch.cat(parts).numpy() for parts in zip(*answers, strict=True))
-    return Predictions(classes, probabilities, target)
+        probabilities = distiller.predict_logits(batch.images[0].to(distiller.device)).softmax(dim=1)
+        top = probabilities.topk(min(likeliest, probabilities.shape[1]))
+        answers.append([part.cpu() for part in top] + [batch.target])
+    values, classes, target = (torch.cat(parts).numpy() for parts in zip(*answers, strict=True))
+    return Predictions(classes, values, target)
 
 
 @torch.no_grad()
-def macs(answer: Callable[[Tensor], Tensor], image: Tensor) -> int:
-    """Multiply-accumulates for one image [1, 3, H, W], by torch's counter, which counts two operations for each."""
+def count_macs(predictor: Callable[[Tensor], Tensor], image: Tensor) -> int:
+    """Count the multiply-accumulates of a network for one image [1, 3, H, W].
+
+    torch's counter counts two operations for each multiply-accumulate.
+    """
     with FlopCounterMode(display=False) as counter:
-        answer(image)
-    return counter.get_total_flops() // 2
+        predictor(image)
+    return int(counter.get_total_flops()) // 2
 
 
-def multiply_accumulates(distiller: Distiller, data: ImageData) -> tuple[int, int | None]:
-    """Those of one image's way through the student and the teacher (None without one): convolutions and products."""
+def student_and_teacher_macs(distiller: Distiller, data: ImageData) -> tuple[int, int | None]:
+    """Count the multiply-accumulates of student and teacher for one image. Returns None for a missing teacher."""
     image = data.test_images([0]).to(distiller.device)
-    student = macs(distiller.eval().predict_logits, image)
+    student = count_macs(distiller.eval().predict_logits, image)
     if distiller.teacher is None:
         return student, None
     distiller.teacher.to(distiller.device, torch.contiguous_format)
-    return student, macs(distiller.teacher.logits, image)
+    return student, count_macs(distiller.teacher.logits, image)

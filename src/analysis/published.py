@@ -1,7 +1,7 @@
-"""Accuracies that others published, by data, pair of networks and method: `published.csv`, each with its source.
+"""Accuracies that others published, by data, pair and method: `published.csv`, each with its source.
 
-Its column `epoch` says which epoch's accuracy it is: RepDistiller's tables (KD to CRD) give the last epoch's, those of
-DKD, CTKD and logit standardization the best one's on the test images, others do not say.
+The column `epoch` says which epoch an accuracy belongs to. RepDistiller's tables (KD to CRD) give the last epoch. The
+tables of DKD, CTKD and logit standardization give the best epoch on the test images. Other sources do not say.
 """
 
 import csv
@@ -12,21 +12,23 @@ from typing import NamedTuple
 from src.analysis.results import Finished
 
 NOTE = (
-    "Published: CIFAR-100 after 240 epochs on all 50,000 training images (ImageNet: 100 epochs), by others' code and "
-    "teachers; (last) or (best) epoch, (?) where the source does not say. Tables of DKD, CTKD and logit "
-    "standardization give the best epoch on the test images, about 0.3 points above the last."
+    "published: top-1 in % from the literature, with other code and other teachers, after 240 epochs on all 50,000 "
+    "training images of CIFAR-100, or after 100 epochs on ImageNet. (last) and (best) name the epoch. (?) marks a "
+    "source that does not say. DKD, CTKD and logit standardization give the best epoch on the test images, "
+    "about 0.3 points above the last."
 )
 
 
 class Published(NamedTuple):
-    """A number and where it stands."""
+    """A published accuracy and its source."""
 
     accuracy: float
     """Top-1, in %."""
     epoch: str
-    """last, best or unstated."""
+    """`last`, `best` or `unstated`."""
     source: str
     note: str
+    """Differences from the protocol, or empty."""
 
     def __str__(self) -> str:
         epoch = "?" if self.epoch == "unstated" else self.epoch
@@ -45,9 +47,9 @@ def _table() -> dict[tuple[str, str, str, str], Published]:
 
 
 def published(run: Finished) -> Published | None:
-    """What was published for a run's data, pair and method; None where nothing was."""
+    """Look up the published accuracy for a run's data, pair and method. Returns None if there is none."""
     result = run.result
-    if result["serialization"] != "none":
+    if result.serialization != "none":
         return None
-    teacher = result["teacher"]["name"] if result["teacher"] else ""
-    return _table().get((result["data"], teacher, result["student"], result["method"]))
+    teacher = result.teacher.name if result.teacher else ""
+    return _table().get((result.data, teacher, result.student, result.method))

@@ -1,4 +1,4 @@
-"""Pictures of relations between classes: matrices, and the strongest relations of single classes."""
+"""Figures of relations between classes: matrices, and the strongest relations of single classes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,7 +15,10 @@ from src.analysis.figures import COLOURS, STYLE
 def relation_matrices(
     matrices: Mapping[str, np.ndarray], class_names: Sequence[str], superclasses: Sequence[str] | None
 ) -> Figure:
-    """Matrices [C, C] by title, side by side, all in the order of the first; lines part superclasses."""
+    """Draw matrices [C, C] side by side, under their titles, all in the class order of the first.
+
+    Lines separate the superclasses.
+    """
     first = next(iter(matrices.values()))
     sequence = order(first, superclasses)
     with plt.rc_context(STYLE):
@@ -39,7 +42,7 @@ def relation_matrices(
 
 
 def _class_ticks(panel: Axes, names: Sequence[str]) -> None:
-    """Names of up to 62 classes, every so many of more."""
+    """Label the classes. Of more than 62 classes, only every second, third, ... is labelled."""
     places = range(0, len(names), -(-len(names) // 62))
     size = 6 if len(names) > 20 else 9
     turned = 90 if max(map(len, names)) > 2 else 0
@@ -48,7 +51,7 @@ def _class_ticks(panel: Axes, names: Sequence[str]) -> None:
 
 
 def _superclass_ticks(panel: Axes, superclasses: Sequence[str], named: bool) -> None:
-    """A line between superclasses and, where `named`, the name of each at its middle."""
+    """Draw a line between superclasses. If `named`, label each superclass at its middle."""
     sizes = [(name, len(list(run))) for name, run in groupby(superclasses)]
     ends = np.cumsum([size for _, size in sizes])
     for end in ends[:-1]:
@@ -67,9 +70,10 @@ def strongest_relations(
     classes: Sequence[int] | None = None,
     count: int = 20,
 ) -> Figure:
-    """The `count` largest |w_ij| of single classes i; without `classes`, of the three with the strongest relation.
+    """Draw the `count` largest |w_ij| of single classes i, one panel per class.
 
-    Names in bold share the superclass of class i.
+    Without `classes`, the three classes with the strongest relations are drawn. Names in bold are classes of the same
+    superclass as class i.
     """
     if classes is None:
         classes = np.argsort(-strength(weight).max(axis=1))[:3].tolist()

@@ -1,4 +1,4 @@
-"""Run folders read back: what finished, what did not and why, and which of them can be compared."""
+"""Read run folders: the finished runs, the reasons why others do not count, and the groups that can be compared."""
 
 import csv
 import json
@@ -6,55 +6,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
-from filelock import FileLock, Timeout
 
-from src.run import read_history
+from src.runs.history import read_history
+from src.runs.lock import is_locked
+from src.runs.result import Record, Result, RunRecord, describe_damage
 
-Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
-
-
-class _Scores(pydantic.BaseModel):
-    accuracy: Fraction
-    top5: Fraction
-    nll: float
-    ece: float
-    agreement: float | None = None
-
-
-class _Best(pydantic.BaseModel):
-    split: str
-    epoch: int
-    accuracy: Fraction
-
-
-class _Teacher(pydantic.BaseModel):
-    name: str
-    sha256: str
-    accuracy: Fraction
-
-
-class _Result(pydantic.BaseModel):
-    """What a report reads of result.json: anything else is no result of this project."""
-
-    test: _Scores
-    best_epoch: _Best | None
-    seconds: float
-    parameters: dict[str, int | None]
-    data: str
-    method: str
-    serialization: str
-    student: str
-    teacher: _Teacher | None
-    seed: int
-    epochs: int
-    train_images: int
-    class_names: list[str]
-    superclasses: list[str] | None = None
-    settings: dict[str, Any]
+METHOD_ORDER = {"vanilla": 0, "kd": 1, "dkd": 2}
+"""Methods that come first in tables and figures, in this order."""
 
 
 @dataclass(frozen=True)
@@ -62,59 +24,63 @@ class Finished:
     """One finished run."""
 
     folder: Path
-    result: dict[str, Any]
+    result: Result
 
     @property
     def label(self) -> str:
-        """The method, with its serialization where it has one."""
-        layer = self.result["serialization"]
-        return self.result["method"] + ("" if layer == "none" else f", {layer}")
+        """The method, with its serialization layer if it has one."""
+        layer = self.result.serialization
+        return self.result.method + ("" if layer == "none" else f", {layer}")
 
     @property
     def name(self) -> str:
-        """The student and what it was trained by."""
-        return (
-            f"{self.result['student']} by {self.label}" if self.result["teacher"] else f"{self.result['student']} alone"
-        )
+        """The student, and the method that trained it."""
+        student = self.result.student
+        return f"{student} alone" if self.label == "vanilla" else f"{student} by {self.label}"
 
     @property
     def pair(self) -> str:
         """Teacher and student, or the student alone."""
-        teacher = self.result["teacher"]
-        return f"{teacher['name']} to {self.result['student']}" if teacher else self.result["student"]
+        teacher = self.result.teacher
+        return f"{teacher.name} to {self.result.student}" if teacher else self.result.student
+
+    @property
+    def accuracy(self) -> float:
+        """The test accuracy after the last epoch, in %."""
+        return 100 * self.result.test.accuracy
 
     @property
     def setting(self) -> str:
-        """All that decides the result but the seed: runs with the same setting are repetitions."""
-        teacher = self.result["teacher"]
-        weights = teacher and teacher["sha256"][:12]
-        return json.dumps({**self.result["settings"], "teacher_weights": weights}, sort_keys=True)
+        """Everything that decides the result except the seed: runs of one setting are repetitions."""
+        teacher = self.result.teacher
+        weights = teacher.sha256[:12] if teacher else None
+        return json.dumps({**self.result.settings, "teacher_weights": weights}, sort_keys=True)
 
     @property
     def protocol(self) -> str:
-        """Data and budget: runs under the same protocol can be compared, whatever their networks and methods."""
-        settings = self.result["settings"]
+        """Data and budget: runs of one protocol can be compared, whatever their networks and methods."""
+        settings = self.result.settings
         schedule = settings.get("schedule")
-        if isinstance(schedule, dict):  # the rate is the network's own, the warm-up a method's
+        if isinstance(schedule, dict):  # the learning rate belongs to the network, the warm-up to the method
             schedule = {k: v for k, v in schedule.items() if k not in ("learning_rate", "distillation_warmup")}
         decides = {key: settings.get(key) for key in ("data", "trainer", "channels_last")}
-        decides |= {"schedule": schedule, **{key: self.result[key] for key in ("train_images", "epochs")}}
-        return json.dumps(decides, sort_keys=True)
+        budget = {"train_images": self.result.train_images, "epochs": self.result.epochs}
+        return json.dumps({**decides, "schedule": schedule, **budget}, sort_keys=True)
 
     @property
     def budget(self) -> str:
         """Data and budget in words."""
         result = self.result
-        return f"{result['data']}, {result['train_images']:,} training images, {result['epochs']} epochs"
+        return f"{result.data}, {result.train_images:,} training images, {result.epochs} epochs"
 
     def history(self) -> list[dict[str, float]]:
-        """A row an epoch."""
+        """Read the run's metrics, one row per epoch."""
         return read_history(self.folder)
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A folder that holds no result to count, and why."""
+    """A folder without a usable result, and the reason."""
 
     folder: Path
     state: str
@@ -123,119 +89,102 @@ class Unfinished:
 
 
 def find_runs(root: Path) -> tuple[list[Finished], list[Unfinished]]:
-    """All runs below a folder. A run that is there twice counts once."""
+    """Find all runs below a folder. Returns the finished runs, and the other folders with the reason.
+
+    Of two copies of a run, one counts. The other is listed among the other folders.
+    """
     finished: dict[tuple[str, int], Finished] = {}
     others = []
     for folder in sorted({file.parent for name in ("run.json", "result.json") for file in root.rglob(name)}):
-        found = _read(folder)
+        found = _read_run(folder)
         if isinstance(found, Unfinished):
             others.append(found)
             continue
-        first = finished.setdefault((found.setting, found.result["seed"]), found)
+        first = finished.setdefault((found.setting, found.result.seed), found)
         if first is not found:
-            others.append(Unfinished(folder, "a copy", f"of {first.folder.relative_to(root)}, which counts"))
+            others.append(Unfinished(folder, "a copy", f"the run counts once, as {first.folder.relative_to(root)}"))
     return list(finished.values()), others
 
 
-def _read(folder: Path) -> Finished | Unfinished:
+def _read_run(folder: Path) -> Finished | Unfinished:
     try:
         history = read_history(folder)
     except (OSError, ValueError, TypeError, csv.Error) as error:
         return Unfinished(folder, "damaged", f"metrics.csv cannot be read ({type(error).__name__})")
-    if not (folder / "result.json").is_file():
-        return _without_result(folder, history)
+    if (folder / "result.json").is_file():
+        result = _read_record(Result, folder, "result.json")
+        return result if isinstance(result, Unfinished) else Finished(folder, result)
+    return _unfinished(folder, history)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def _read_record(kind: type[AnyRecord], folder: Path, name: str) -> AnyRecord | Unfinished:
     try:
-        result = json.loads((folder / "result.json").read_text())
-        _Result.model_validate(result)
+        return kind.model_validate_json((folder / name).read_bytes())
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        return Unfinished(folder, "foreign", f"result.json is not what a run writes: {where}: {first['msg']}")
-    except (OSError, ValueError, RecursionError) as error:
-        return Unfinished(folder, "damaged", f"result.json cannot be read ({type(error).__name__})")
-    return Finished(folder, result)
+        state = "damaged" if error.errors()[0]["type"] == "json_invalid" else "foreign"
+        return Unfinished(folder, state, f"{name} {describe_damage(error)}")
+    except OSError as error:
+        return Unfinished(folder, "damaged", f"{name} cannot be read ({type(error).__name__})")
 
 
-def _without_result(folder: Path, history: Sequence[Mapping[str, float]]) -> Unfinished:
-    try:
-        about = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        return Unfinished(folder, "damaged", f"run.json cannot be read ({type(error).__name__})")
-    if not isinstance(about, dict) or "fingerprints" not in about:
-        return Unfinished(folder, "foreign", "run.json is not what a run writes")
-    done = f"{len(history)} of {_epochs(folder)} epochs done"
+def _unfinished(folder: Path, history: Sequence[Mapping[str, float]]) -> Unfinished:
+    record = _read_record(RunRecord, folder, "run.json")
+    if isinstance(record, Unfinished):
+        return record
+    done = f"{len(history)} of {_wanted_epochs(folder)} epochs done"
     failure = folder / "failure.txt"
     if failure.is_file():
         return Unfinished(folder, "failed", f"{done}: {' '.join(failure.read_text(errors='replace').split())}")
-    return Unfinished(folder, "running" if _is_locked(folder) else "stopped", done)
+    return Unfinished(folder, "running" if is_locked(folder) else "stopped", done)
 
 
-def _epochs(folder: Path) -> str:
-    """How many epochs the run wants, as its configuration says."""
+def _wanted_epochs(folder: Path) -> str:
+    """Read the number of epochs from the run's configuration. Returns "?" if it cannot be read."""
     try:
         return str(int(yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         return "?"
 
 
-def _is_locked(folder: Path) -> bool:
-    """Whether a process on this machine holds the run's lock (`src/resume.py`)."""
-    file = folder.with_name(f".{folder.name}.lock")
-    if not file.is_file():
-        return False
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False
-    lock.release()
-    return False
-
-
 def by_protocol(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
-    """The runs that can be compared with one another, by data and budget in words."""
+    """Group the runs that can be compared with one another. The names describe data and budget."""
     together: dict[str, list[Finished]] = {}
     for run in runs:
         together.setdefault(run.protocol, []).append(run)
-    return _told_apart(list(together.values()), lambda run: run.budget, lambda run: run.protocol)
+    return _name_groups(list(together.values()), lambda run: run.budget, lambda run: run.protocol)
 
 
 def group(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
-    """Repetitions together, by seed, under names that differ: networks alone first, then by method as named.
+    """Group the repetitions of each setting, ordered by seed, under distinct names.
 
-    Groups of one name but different settings get those settings into the name.
+    Networks that were trained alone come first, then the methods.
     """
     groups: dict[str, list[Finished]] = {}
     for run in runs:
         groups.setdefault(run.setting, []).append(run)
-    order = {"vanilla": 0, "kd": 1, "dkd": 2}
-    ordered = sorted(
-        groups.values(),
-        key=lambda runs: (
-            order.get(runs[0].result["method"], 3),
-            -(runs[0].result["parameters"].get("student") or 0),
-            runs[0].label,
-            runs[0].setting,
-        ),
-    )
-    pairs = {runs[0].pair for runs in ordered if runs[0].result["teacher"]}
-    students = {runs[0].result["student"] for runs in ordered if runs[0].result["teacher"]}
+    ordered = sorted(groups.values(), key=lambda runs: _place(runs[0]))
+    pairs = {runs[0].pair for runs in ordered if runs[0].result.teacher}
+    students = {runs[0].result.student for runs in ordered if runs[0].result.teacher}
 
     def name(run: Finished) -> str:
-        several = run.result["teacher"] and len(pairs) > len(students)
-        return f"{run.name} from {run.result['teacher']['name']}" if several else run.name
+        teacher = run.result.teacher
+        return f"{run.name} from {teacher.name}" if teacher and len(pairs) > len(students) else run.name
 
-    return _told_apart(
-        [sorted(runs, key=lambda run: run.result["seed"]) for runs in ordered], name, lambda run: run.setting
-    )
+    by_seed = [sorted(runs, key=lambda run: run.result.seed) for runs in ordered]
+    return _name_groups(by_seed, name, lambda run: run.setting)
 
 
-def _told_apart(
+def _place(run: Finished) -> tuple[int, int, str, str]:
+    return METHOD_ORDER.get(run.result.method, 3), -run.result.parameters.student, run.label, run.setting
+
+
+def _name_groups(
     groups: Sequence[list[Finished]], name: Callable[[Finished], str], decides: Callable[[Finished], str]
 ) -> dict[str, list[Finished]]:
-    """Groups by name; those that share one get what differs in what `decides` (JSON) into it."""
+    """Name the groups. Where names collide, append the settings that differ. `decides` returns them as JSON."""
     named: dict[str, list[Finished]] = {}
     for runs in groups:
         mine = _flat(json.loads(decides(runs[0])))
@@ -248,7 +197,11 @@ def _told_apart(
 
 
 def _flat(node: Any, name: str = "") -> dict[str, str]:
-    """Leaves of nested settings as text, by dotted name."""
+    """Flatten nested settings to text by dotted name.
+
+    >>> _flat({"schedule": {"epochs": 3}, "seed": [0, 1]})
+    {'schedule.epochs': '3', 'seed.0': '0', 'seed.1': '1'}
+    """
     if not isinstance(node, (dict, list)):
         return {name: str(node)}
     items = node.items() if isinstance(node, dict) else enumerate(node)
@@ -256,6 +209,10 @@ def _flat(node: Any, name: str = "") -> dict[str, str]:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and the standard deviation where there are several."""
+    """Write the mean, and the standard deviation if there are several values.
+
+    >>> spread([1.0, 2.0, 3.0], digits=1)
+    '2.0 +- 1.0'
+    """
     text = f"{mean(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} +- {stdev(values):.{digits}f}"

@@ -1,38 +1,38 @@
-"""CIFAR-10 and CIFAR-100 (A. Krizhevsky 2009): downloaded and checked by torchvision, converted once."""
+"""CIFAR-10 and CIFAR-100 (A. Krizhevsky 2009). torchvision downloads and verifies them. They are converted once."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.data.arrays import save_arrays
-from src.errors import UserError
-from src.files import by_one_process
+from src.common.errors import UserError
+from src.common.files import one_process_at_a_time
+from src.data.array_file import save_arrays
 
 
 def cifar10(root: Path) -> Path:
-    """The array file of CIFAR-10 in `root`, made where it is missing."""
+    """Return the array file of CIFAR-10 in `root`. Make it if it is missing."""
     return _array_file(root, "CIFAR10")
 
 
 def cifar100(root: Path) -> Path:
-    """The array file of CIFAR-100 in `root`, made where it is missing, with the 20 superclasses."""
+    """Return the array file of CIFAR-100 in `root`, with the 20 superclasses. Make it if it is missing."""
     return _array_file(root, "CIFAR100")
 
 
 def _array_file(root: Path, name: str) -> Path:
-    """Raises `UserError` where the file is missing and cannot be had by download."""
+    """Return the array file of a data set. Raises `UserError` if it is missing and cannot be downloaded."""
     file = root / f"{name.lower()}.npz"
     if file.is_file():
         return file
     try:
-        with by_one_process(file):
+        with one_process_at_a_time(file):
             if not file.is_file():
                 _make(file, name)
-    except Exception as error:  # no network, a wrong checksum, an unwritable folder: torchvision raises many kinds
+    except Exception as error:  # no network, a wrong checksum, a read-only folder: torchvision raises many exceptions
         raise UserError(
-            f"{name} is neither at {file} nor can it be downloaded ({error}): put the array file or torchvision's "
-            f"archive there, or name a file by data.path or a folder by data.root."
+            f"{name} is neither at {file}, nor can it be downloaded ({error}): put the array file or torchvision's "
+            "archive there, or set data.path to an array file or data.root to another folder."
         ) from error
     return file
 
@@ -75,4 +75,4 @@ SUPERCLASS_OF = np.array(
      14, 13],
     dtype=np.uint8,
 )  # fmt: skip
-"""The superclass of each CIFAR-100 class in alphabetical order, as the archive's coarse labels have it."""
+"""The superclass of each CIFAR-100 class, in alphabetical order, as in the archive's coarse labels."""

@@ -1,6 +1,8 @@
-"""The DataModule: batches that are a function of (seed, epoch, batch), whatever images are read from."""
+"""The data module: splits, batches and devices. Batches are a pure function of (seed, epoch, batch number)."""
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,53 +12,56 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from src.common.errors import UserError
 from src.data.source import Source
-from src.data.views import epoch_order, random_bits
-from src.errors import UserError
+from src.data.views import SPLIT_STREAM, epoch_order, random_bits
 
-SPLIT_STREAM = 1 << 20
 Split = Literal["train", "val", "test"]
 
 
 class Samples(NamedTuple):
-    """A batch on its way to the networks; the networks normalise, each in its own way."""
+    """A batch of images and labels. Teacher and student normalise the images themselves."""
 
     images: tuple[Tensor, ...]
-    """A uint8 [B, 3, H, W] for each view."""
+    """One tensor uint8 [B, 3, H, W] per view."""
     target: Tensor
-    """[B] int64"""
+    """[B] int64, the class numbers."""
     index: Tensor  # type: ignore[assignment]
-    """[B] int64: the position in the training arrays, or in the split that is evaluated."""
-    views: tuple[Tensor, ...] = ()
-    """The number [B] int64 of each image's view, for each view; empty in evaluation."""
+    """[B] int64, the positions in the whole training data, or in the split under evaluation."""
+    view_numbers: tuple[Tensor, ...] = ()
+    """The view numbers of the images: one tensor int64 [B] per view. Empty in evaluation."""
 
 
 class Share(NamedTuple):
-    """What one device reads for one batch."""
+    """The part of one batch that one device reads."""
 
     epoch: int
     positions: list[int]
+    """As in `Samples.index`."""
 
 
 class Reader(Dataset[Samples]):
-    """Reads the `Samples` of a `Share` of one split."""
+    """Reads one split: the item of a `Share` is its `Samples`."""
 
     def __getitem__(self, share: Share) -> Samples:
         raise NotImplementedError
 
     def __getitems__(self, share: Share) -> Samples:
-        """What a DataLoader calls with each item of its batch sampler."""
+        """Read a share. A DataLoader calls this method with each item of its batch sampler."""
         return self[share]
 
 
 class EpochBatches(Sampler[Share]):
-    """Batches of positions 0 .. size - 1 as a function of (seed, epoch): every device takes its share of each global
-    batch.
+    """Sampler of batches of the positions 0 .. size - 1. Each device reads its share of each global batch.
 
-    Shuffled (training): the last batch keeps a multiple of the number of devices. In order (evaluation): every
-    position once over all devices, in batches of nearly one size, so that every device has equally many.
-    `blocks` [size]: where each position is stored, for an order that keeps what is stored together. The epoch `epoch`,
-    which is resumed, goes on with its batch number `done`; all others have all their batches.
+    - With a `seed`, for training: the order is shuffled, as a function of (seed, epoch). The last batch is cut to a
+      multiple of the number of devices.
+    - Without a `seed`, for evaluation: the order is kept. The devices together read each position exactly once. Batches
+      have nearly equal sizes, so that all devices get the same number of batches.
+
+    `index` [size] replaces each position by another number. `blocks` [size] is the storage block of each position:
+    positions of one block then stay close together (see `epoch_order`). To resume within an epoch, epoch number
+    `epoch` skips its first `done` batches.
     """
 
     def __init__(
@@ -76,10 +81,10 @@ class EpochBatches(Sampler[Share]):
         self.rank, self.world_size = rank, world_size
         self.epoch = self.resumed = epoch
         self.done = done
-        self.sampler = self  # where Lightning looks for set_epoch
+        self.sampler = self  # Lightning calls set_epoch of the batch sampler's `sampler`
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning tells the epoch before each pass."""
+        """Set the epoch. Lightning calls this method before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -101,17 +106,18 @@ class EpochBatches(Sampler[Share]):
 
 
 class ImageData(L.LightningDataModule):
-    """Any image data: how it is split, dealt to devices and seen; a subclass says what is read and augmented, and how.
+    """A data module for images: splits, and batches for each device. Subclasses read and augment the images.
 
-    `train_size` keeps a stratified part of the training images, `val_size` holds some out, both drawn by `split_seed`.
-    `batch_size` is global. `mean` and `std` are the student's normalisation.
+    `val_size` training images are held out. Training then uses `train_size` of the rest, or all of them if it is None.
+    Both draws are stratified by class and depend on `split_seed` only. `batch_size` is the global batch size, over all
+    devices. `mean` and `std` are the student's normalisation. The method requests `views` views of each image.
     """
 
     mean: Sequence[float]
     std: Sequence[float]
     evaluation_batch_size = 500
     blocks: Tensor | None = None
-    """Where each training image is stored, [N] int64, if images that are stored together should be read together."""
+    """The storage block of each training image, [N] int64, if images of one block should be read together."""
 
     def __init__(
         self,
@@ -123,47 +129,50 @@ class ImageData(L.LightningDataModule):
         workers: int,
         batch_size: int,
         seed: int,
+        views_per_image: int = 1,
     ) -> None:
         super().__init__()
         self.name = name
         self.train_size, self.val_size, self.split_seed = train_size, val_size, split_seed
         self.workers, self.batch_size, self.seed = workers, batch_size, seed
-        self.next_batch = (0, 0)
-        """Epoch and batch that training starts with."""
-        self.views = 1
-        """How many views of each image the method asks for."""
+        self.first_batch = (0, 0)
+        """Epoch and batch number at which training starts."""
+        self.views_per_image = views_per_image
 
     def read(self) -> Source:
-        """Labels and classes, and whatever `reader` needs. Raises `UserError` where there is no such data."""
+        """Read labels and classes, and prepare for `reader`.
+
+        Raises `UserError` if the data is missing or invalid.
+        """
         raise NotImplementedError
 
     def reader(self, split: Split, index: Tensor | None = None) -> Reader:
-        """For the split `train` or `test`, or `val`: the part of the training split at `index`.
+        """Return a reader of a split. For `val`, `index` selects the held-out images among the training images.
 
-        For training it may make the views already, or leave that to `augment`.
+        A reader of `train` may augment images itself, or leave this to `augment`.
         """
         raise NotImplementedError
 
     def augment(self, batch: Samples, epoch: int) -> Samples:
-        """On the device: the views of an epoch."""
+        """Replace the images of a training batch by their views in `epoch`. This runs on the device."""
         return batch
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of a view."""
+        """The shape (3, H, W) of a view."""
         raise NotImplementedError
 
     def view_count(self, epochs: int) -> int:
-        """How many numbers the views of an image can have in so many epochs."""
-        return epochs * self.views
+        """Return how many view numbers an image can have in a training of this many epochs."""
+        return epochs * self.views_per_image
 
     @property
     def views_name(self) -> str:
-        """Tells views of the same number from others in a file name."""
+        """The settings that determine a view from its number, as part of a file name."""
         raise NotImplementedError
 
     def load(self) -> None:
-        """Read the labels and draw the splits. Raises `UserError` where the data or a size does not serve."""
+        """Read the labels and draw the splits. Raises `UserError` if the data is invalid or a size does not fit it."""
         self.source = self.read()
         labels = self.source.train_labels
         self.val_index = stratified(labels, torch.arange(len(labels)), self.val_size, self.split_seed, "data.val_size")
@@ -177,67 +186,74 @@ class ImageData(L.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """The number of classes."""
         return len(self.source.class_names)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names by class."""
+        """The class names, in the order of the class numbers."""
         return self.source.class_names
 
     @property
     def trained_labels(self) -> Tensor:
-        """The class of each image of the training data [N] int64, -1 of those that take no part in training."""
+        """The class of each image in the whole training data, [N] int64. It is -1 for images not used in training."""
         labels = torch.full_like(self.source.train_labels, -1)
         labels[self.train_index] = self.source.train_labels[self.train_index]
         return labels
 
     @property
     def superclasses(self) -> list[str] | None:
-        """The name of each class's superclass, where the data has such."""
+        """The name of each class's superclass, or None if the data has no superclasses."""
         names, of = self.source.superclass_names, self.source.superclass_of
         return [names[superclass] for superclass in of] if names and of else None
 
     @property
     def validates_on(self) -> Literal["val", "test"]:
-        """The split that is scored every epoch: the test set only where no training images are held out."""
+        """The split that is evaluated after each epoch: the test set if no training images are held out."""
         return "val" if self.val_size else "test"
 
     @property
     def val_digest(self) -> str:
-        """Which training images are held out."""
+        """Hash of the held-out positions, 8 hexadecimal digits."""
         return hashlib.sha256(self.val_index.numpy().tobytes()).hexdigest()[:8]
 
     @property
     def train_duplicates(self) -> dict[str, int] | None:
-        """How many images of `val` and `test` are training images too, pixel for pixel; None where it is not known."""
+        """The number of `val` and `test` images that are also training images, pixel for pixel. None if unknown."""
         return None
 
     def split_size(self, split: str) -> int:
-        """Number of images in `val` or `test`."""
+        """Return the number of images in `val` or `test`."""
         return len(self.val_index if split == "val" else self.source.test_labels)
 
     def setup(self, stage: str) -> None:
-        """Training starts at its first batch, unless a checkpoint is restored after this."""
-        self.next_batch = (0, 0)
+        """Start training at the first batch. A checkpoint that is restored later overrides this."""
+        self.first_batch = (0, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Which batch of which epoch is the next."""
+        """Return epoch and number of the next training batch, for a checkpoint."""
         assert self.trainer is not None
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return {"epoch": epochs.processed, "batch": batches.processed if epochs.ready > epochs.processed else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on there: the first batches are fetched before Lightning tells the epoch."""
-        self.next_batch = (state_dict["epoch"], state_dict["batch"])
+        """Start training at the batch of a checkpoint.
+
+        The sampler needs the place now: the loader fetches the first batches before Lightning calls `set_epoch`.
+        """
+        self.first_batch = (state_dict["epoch"], state_dict["batch"])
 
     def train_dataloader(self) -> DataLoader[Samples]:
-        """Shuffled batches of this device's share."""
-        rank, world_size = self._place()
+        """Return a loader of this device's share of the shuffled training batches.
+
+        Raises `UserError` if the batch size is not divisible by the number of devices.
+        """
+        rank, world_size = self._rank_and_world_size()
         if self.batch_size % world_size:
             raise UserError(
-                f"schedule.batch_size={self.batch_size} is global and does not divide by {world_size} devices."
+                f"schedule.batch_size={self.batch_size} is the global batch size, which is not divisible by "
+                f"{world_size} devices: choose a multiple of {world_size}."
             )
         batches = EpochBatches(
             len(self.train_index),
@@ -247,21 +263,21 @@ class ImageData(L.LightningDataModule):
             blocks=None if self.blocks is None else self.blocks[self.train_index],
             rank=rank,
             world_size=world_size,
-            epoch=self.next_batch[0],
-            done=self.next_batch[1],
+            epoch=self.first_batch[0],
+            done=self.first_batch[1],
         )
         return self._loader(self.reader("train"), batches)
 
     def val_dataloader(self) -> DataLoader[Samples]:
-        """The split that `validates_on` names."""
-        return self.evaluation_loader(self.validates_on, *self._place())
+        """Return a loader of the split `validates_on`."""
+        return self.evaluation_loader(self.validates_on, *self._rank_and_world_size())
 
     def test_dataloader(self) -> DataLoader[Samples]:
-        """The test set."""
-        return self.evaluation_loader("test", *self._place())
+        """Return a loader of the test set."""
+        return self.evaluation_loader("test", *self._rank_and_world_size())
 
     def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> DataLoader[Samples]:
-        """`val` or `test` in order, every image once over all devices."""
+        """Return a loader of `val` or `test`, in order. The devices together read each image exactly once."""
         reader = self.reader("val", self.val_index) if split == "val" else self.reader("test")
         batches = EpochBatches(
             self.split_size(split), self.evaluation_batch_size, seed=None, rank=rank, world_size=world_size
@@ -269,11 +285,11 @@ class ImageData(L.LightningDataModule):
         return self._loader(reader, batches)
 
     def test_images(self, positions: list[int]) -> Tensor:
-        """Some test images, uint8 [N, 3, H, W]."""
+        """Read the test images at `positions`: uint8 [N, 3, H, W]."""
         return self.reader("test")[Share(0, positions)].images[0]
 
     def on_after_batch_transfer(self, batch: Samples, dataloader_idx: int) -> Samples:
-        """On the device: training images become views, evaluation images stay."""
+        """Augment a training batch on the device. Lightning calls this method."""
         assert self.trainer is not None
         return self.augment(batch, self.trainer.current_epoch) if self.trainer.training else batch
 
@@ -281,36 +297,63 @@ class ImageData(L.LightningDataModule):
         return DataLoader(
             reader,
             batch_sampler=batches,  # type: ignore[arg-type]  # a batch is a Share
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_ignore_signals,
         )
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A cluster and Ctrl-C ask all processes of a job to end; the run still wants its next batch."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore SIGTERM and SIGINT in a loader worker.
+
+    A cluster and Ctrl-C send these signals to all processes of a job. The training process still needs its next batch.
+    Then it stops and ends its workers.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def stratified(labels: Tensor, candidates: Tensor, size: int, seed: int, option: str) -> Tensor:
-    """`size` of the candidate positions, sorted, with the classes in the proportions of the candidates (to the
-    nearest).
+@atexit.register
+def _kill_workers() -> None:
+    """Kill the loader workers that are still alive when this process exits.
 
-    Raises `UserError` in the name of `option` where there are not so many, or fewer than one a class.
+    A worker stays alive if something still refers to its loader, such as a notebook or the traceback of an exception.
+    It ignores SIGTERM, so multiprocessing would wait for it forever.
+    """
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed workers as failed
+    for worker in workers:
+        worker.kill()
+
+
+def stratified(labels: Tensor, candidates: Tensor, size: int, seed: int, option: str) -> Tensor:
+    """Draw `size` of the candidate positions, sorted. Classes keep the candidates' proportions, up to rounding.
+
+    A smaller draw is part of a larger draw with the same seed. `labels` [N] are the labels of all positions.
+
+    Raises `UserError`, naming `option`, if `size` exceeds the candidates or is less than one image per class.
+
+    >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    >>> drawn = stratified(labels, torch.arange(6), 3, seed=0, option="data.val_size")
+    >>> labels[drawn].tolist()
+    [0, 0, 1]
     """
     classes = labels[candidates].unique()
     if not 0 <= size <= len(candidates) or 0 < size < len(classes):
-        raise UserError(f"{option}={size} does not fit: there are {len(candidates)} images of {len(classes)} classes.")
+        raise UserError(
+            f"{option}={size} does not fit: choose a number from {len(classes)} (one image per class) to "
+            f"{len(candidates)} (all images)."
+        )
     shuffled = candidates[torch.argsort(random_bits(seed, 0, candidates, SPLIT_STREAM))]
     rank_in_class = torch.empty(len(shuffled), dtype=torch.float64)
     for label in classes:

@@ -1,4 +1,7 @@
-"""The 1000 classes of ImageNet (ILSVRC 2012) in the order of every published network's logits: their wnids, sorted."""
+"""The 1000 classes of ImageNet (ILSVRC 2012), sorted by WordNet ID (wnid).
+
+The logits of all published networks have this order.
+"""
 
 import csv
 from collections.abc import Sequence
@@ -11,6 +14,10 @@ WNIDS = tuple(_ENGLISH)
 """Folder names such as "n01440764", by class number."""
 
 
-def readable(names: Sequence[str]) -> list[str]:
-    """Wnids as English names, no two of which are the same; every other name as it is."""
+def english_names(names: Sequence[str]) -> list[str]:
+    """Replace wnids by English names, which all differ. Other names stay the same.
+
+    >>> english_names(["n01440764", "apple"])
+    ['tench', 'apple']
+    """
     return [_ENGLISH.get(name, name) for name in names]

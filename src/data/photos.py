@@ -1,4 +1,4 @@
-"""Photos: from the bytes of a file to the pixels of a view, or of the picture that evaluation looks at."""
+"""Decoding, cropping and resizing of photos."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,21 +8,25 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from src.errors import UserError
+from src.common.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 
 
 def reduction(pixels: int, size: int) -> int:
-    """By how much `pixels` a side may be reduced (8, 4, 2 or 1) and still be `size` or more."""
+    """Return the largest factor (8, 4, 2 or 1) by which a side of `pixels` can be reduced and still be at least `size`.
+
+    >>> reduction(500, 224), reduction(447, 224)
+    (2, 1)
+    """
     return next((factor for factor in (8, 4, 2) if pixels >= factor * size), 1)
 
 
 class Photo:
-    """An encoded photo, of which `height` and `width` are known before it is decoded.
+    """An encoded photo. Its `height` and `width` are known before it is decoded.
 
-    Raises `UserError`, here or at `decode`, where the photo `name` cannot be read.
+    Raises `UserError`, here or in `decode`, if the bytes are not a valid photo. `name` stands in the message.
     """
 
     def __init__(self, encoded: bytes, name: str) -> None:
@@ -31,46 +35,47 @@ class Photo:
         self.width, self.height = self.opened.size
 
     def decode(self, reduced: int) -> tuple[Image.Image, int]:
-        """The photo in RGB and the factor by which it is reduced: `reduced` for a JPEG, whose decoder then has less to
-        do, else 1.
+        """Return the photo in RGB and the factor by which it is reduced.
 
-        The camera's note which side is up (EXIF) is ignored, as by torchvision.
+        The decoder of a JPEG reduces it by `reduced`, which saves work. The factor of other formats is 1. The EXIF
+        orientation is ignored, as torchvision does.
         """
         image, self.opened = self.opened or self._open(), None
-        with _readable(self.name):
+        with _report_damage(self.name):
             if reduced > 1 and image.draft("", (image.width // reduced, image.height // reduced)) is None:
                 reduced = 1
             image.load()
             return _rgb(image), reduced
 
     def _open(self) -> Image.Image:
-        with _readable(self.name):
+        with _report_damage(self.name):
             return Image.open(BytesIO(self.encoded), formats=FORMATS)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # else Pillow warns
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns otherwise
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _report_damage(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # broken bytes make decoders raise almost anything
+    except Exception as error:  # damaged bytes make decoders raise almost any exception
         reason = str(error).partition(" <_io.")[0] or type(error).__name__
-        raise UserError(f"{name} cannot be read as a photo ({reason}): mend or remove it.") from None
+        raise UserError(f"{name} cannot be read as a photo ({reason}): repair or remove it.") from None
 
 
 def crop_and_resize(image: Image.Image, reduced: int, box: Sequence[int], size: int, flip: bool) -> Image.Image:
-    """What is in the `box` of left, top, width and height, at `size` x `size` pixels, bilinear with antialiasing.
+    """Crop the `box` of left, top, width and height, and resize it to `size` x `size` pixels.
 
-    The box is in pixels of the photo before it was `reduced`. Where it was not, this is torchvision's `resized_crop`.
+    The box is in pixels of the original photo, `reduced` times larger than `image`. Resizing is bilinear with
+    antialiasing. For `reduced` 1 this equals torchvision's `resized_crop`. `flip` mirrors the result.
     """
     left, top, width, height = (edge / reduced for edge in box)
     x, y = math.floor(left), math.floor(top)
@@ -81,9 +86,9 @@ def crop_and_resize(image: Image.Image, reduced: int, box: Sequence[int], size: 
 
 
 def centre(photo: Photo, resize: int, size: int) -> Image.Image:
-    """The evaluation's picture: the short side resized to `resize`, then the central `size` x `size` pixels.
+    """Resize the short side of a photo to `resize`, then crop the central `size` x `size` pixels.
 
-    This is torchvision's Resize and CenterCrop, but that a large JPEG is decoded at a reduced size.
+    This equals torchvision's Resize and CenterCrop, except that a large JPEG is decoded at a reduced size.
     """
     short = min(photo.height, photo.width)
     image, reduced = photo.decode(reduction(short, resize))

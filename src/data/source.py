@@ -1,4 +1,4 @@
-"""What every source of images tells about itself before an image is read."""
+"""The facts about a data set that are known before any image is read."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,12 @@ class Source:
     """Labels and classes of a training and a test split."""
 
     train_labels: Tensor
-    """[N] int64"""
+    """[N] int64, classes of the training images."""
     test_labels: Tensor
+    """[M] int64, classes of the test images."""
     class_names: tuple[str, ...]
     superclass_names: tuple[str, ...] | None = None
     superclass_of: tuple[int, ...] | None = None
-    """The superclass of each class."""
+    """The superclass number of each class."""
     digest: str
-    """Of the content."""
+    """Hash of the content."""

@@ -1,7 +1,8 @@
-"""Photos in shards, in a folder or in object storage, for data that outgrows one disk.
+"""Photos in shards, in a folder or in object storage, for data that does not fit on one disk.
 
-A shard is a tar file; unpacking all of them gives the folder back that `python -m src.convert` made them of. Beside
-them `index.npz` says what is where, so labels and classes are known before a shard is fetched.
+`python -m src.convert` makes the shards from a folder of photos. A shard is a tar file. Unpacking all shards restores
+the folder. `index.npz` beside them lists the position of each photo. Labels and classes are therefore known before a
+shard is fetched.
 """
 
 import io
@@ -20,50 +21,54 @@ from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from src.common.errors import UserError
+from src.common.files import list_members
 from src.data.folder_data import FolderData
 from src.data.source import Source
-from src.errors import UserError
-from src.files import believable_members
 
 INDEX = "index.npz"
 
 
 def shard_name(split: str, shard: int) -> str:
-    """The name of a shard's file."""
+    """Return the file name of a shard.
+
+    >>> shard_name("train", 7)
+    'train-00007.tar'
+    """
     return f"{split}-{shard:05d}.tar"
 
 
 @dataclass
 class ShardPhotos:
-    """The photos of a split: each is a range of bytes of a shard.
+    """The photos of a split. Each photo is a range of bytes in a shard.
 
-    Shards that are not local are fetched whole into the folder `cache`, where those that were used least recently make
-    room once there are more than `cache_bytes`. Photos of a shard that is on its way are read from where it is, and so
-    are all where `cache` is None.
+    Remote shards are downloaded whole to the folder `cache`. If they exceed `cache_bytes`, the least recently used ones
+    are deleted. While another process downloads a shard, its photos are read directly from the remote storage. Without
+    a `cache`, all photos are read from there.
     """
 
     root: str
     split: str
     shards: np.ndarray
-    """[N] int32: the shard of each photo."""
+    """[N] integers, the shard of each photo."""
     offsets: np.ndarray
-    """[N] int64: where it starts there."""
+    """[N] integers, the position of its first byte in the shard."""
     sizes: np.ndarray
-    """[N] int64, in bytes"""
+    """[N] integers, in bytes."""
     cache: Path | None
     cache_bytes: float
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
-        """The bytes of each photo, one shard after the other."""
-        places = np.asarray(rows)
+        """Return the bytes of photos, read shard by shard. Raises `UserError` if a shard cannot be read."""
+        wanted = np.asarray(rows)
         encoded: dict[int, bytes] = {}
-        for shard in np.unique(self.shards[places]).tolist():
-            of_shard = places[self.shards[places] == shard].tolist()
+        for shard in np.unique(self.shards[wanted]).tolist():
+            of_shard = wanted[self.shards[wanted] == shard].tolist()
             encoded.update(zip(of_shard, self._read(shard, of_shard), strict=True))
         return [encoded[row] for row in rows]
 
     def name(self, row: int) -> str:
-        """Which photo of which shard."""
+        """Describe a photo by its shard and its position there."""
         shard = f"{self.root}/{shard_name(self.split, int(self.shards[row]))}"
         return f"The photo at byte {self.offsets[row]} of {shard}"
 
@@ -73,17 +78,20 @@ class ShardPhotos:
         name = shard_name(self.split, shard)
         try:
             files, root = open_root(self.root)
-            encoded = self._read_file(files, f"{root}/{name}", name, starts, ends)
+            encoded = self._read_local(files, f"{root}/{name}", name, starts, ends)
             if encoded is None:
                 encoded = files.cat_ranges([f"{root}/{name}"] * len(rows), starts, ends, on_error="raise")
-        except Exception as error:  # each storage has its own
-            raise UserError(f"{self.root}/{name} cannot be read ({reason(error)}).") from None
+        except Exception as error:  # each storage raises its own exceptions
+            raise UserError(
+                f"{self.root}/{name} cannot be read ({reason(error)}): "
+                "check the storage, or copy the shard there again."
+            ) from None
         if any(len(photo) != size for photo, size in zip(encoded, self.sizes[rows].tolist(), strict=True)):
             raise UserError(f"{self.root}/{name} is shorter than {INDEX} says: copy or convert it again.")
         return encoded
 
-    def _read_file(self, files: Any, path: str, name: str, starts: list[int], ends: list[int]) -> list[bytes] | None:
-        """From the local file, None where there is none (yet, or any more)."""
+    def _read_local(self, files: Any, path: str, name: str, starts: list[int], ends: list[int]) -> list[bytes] | None:
+        """Read from a local file, after downloading it if necessary. Return None if it is not available locally."""
         if isinstance(files, LocalFileSystem):
             return _ranges(path, starts, ends)
         if self.cache is None:
@@ -92,13 +100,13 @@ class ShardPhotos:
         try:
             if not file.exists():
                 self._fetch(files, path, file)
-            os.utime(file)
+            os.utime(file)  # marks it as recently used
             return _ranges(str(file), starts, ends)
-        except (FileNotFoundError, Timeout):
+        except (FileNotFoundError, Timeout):  # deleted by another process meanwhile, or still being downloaded by it
             return None
 
     def _fetch(self, files: Any, path: str, file: Path) -> None:
-        """One process fetches a shard; raises `Timeout` in the others."""
+        """Download a shard. Raises `Timeout` if another process is downloading it."""
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")).acquire(timeout=0):
             if file.exists():
@@ -109,10 +117,11 @@ class ShardPhotos:
             self._make_room(file)
 
     def _make_room(self, fetched: Path) -> None:
+        """Delete the least recently used shards of the cache until it fits, but not `fetched`."""
         assert self.cache is not None
         kept = []
         for file in self.cache.parent.glob("*/*.tar"):
-            with suppress(FileNotFoundError):  # another process makes room too
+            with suppress(FileNotFoundError):  # another process may delete it meanwhile
                 kept.append((file.stat().st_mtime, file.stat().st_size, file))
         excess = sum(size for _, size, _ in kept) - self.cache_bytes
         for _, size, file in sorted(kept):
@@ -127,26 +136,31 @@ def _ranges(file: str, starts: list[int], ends: list[int]) -> list[bytes]:
 
 
 def open_root(root: str) -> tuple[Any, str]:
-    """The file system of a folder or URL, and its path there. Raises `UserError` where a package for it is missing."""
+    """Return the file system of a folder or URL, and its path there. Raises `UserError` if a package is missing."""
     try:
-        return fsspec.core.url_to_fs(os.path.expanduser(root).rstrip("/"))
-    except (ImportError, ValueError) as error:  # fsspec says which package to install
+        files, path = fsspec.core.url_to_fs(os.path.expanduser(root).rstrip("/"))
+    except (ImportError, ValueError) as error:  # fsspec's message names the package to install
         raise UserError(f"data.root={root} cannot be opened here: {error}.") from None
+    return files, str(path)
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a few words."""
+    """Describe an exception in a few words: the first line of its message, or its name.
+
+    >>> reason(OSError("Access denied\\nRequest 123")), reason(TimeoutError())
+    ('Access denied', 'TimeoutError')
+    """
     if isinstance(error, FileNotFoundError):
         return "no such file"
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 class StreamData(FolderData):
-    """What `python -m src.convert` made of a `FolderData`, with the same images, views and evaluation.
+    """The photos of a `FolderData` in shards, as written by `python -m src.convert`.
 
-    `root` is a folder or a URL that fsspec knows (s3://, gs://, hf://datasets/, https://). Of a URL, shards are kept in
-    the folder `cache`, at most `cache_gigabytes` of them. The order of training images differs from the folder's: it
-    takes about 16 shards at a time.
+    `root` is a folder, or a URL that fsspec supports (s3://, gs://, hf://datasets/, https://). Shards from a URL are
+    cached in the folder `cache`, up to `cache_gigabytes`. Images, views and evaluation are the same as for the folder.
+    Only the order of training images differs: it runs through about 16 shards at a time.
     """
 
     def __init__(self, *, cache: str = "~/.cache/aekt", cache_gigabytes: float = 100, **options: Any) -> None:
@@ -154,7 +168,7 @@ class StreamData(FolderData):
         self.cache, self.cache_gigabytes = cache, cache_gigabytes
 
     def read(self) -> Source:
-        """Reads the index. Raises `UserError` where there is none, or it does not fit together."""
+        """Read the index. Raises `UserError` if it is missing or inconsistent."""
         index = read_index(self.root)
         self.files_digest = str(index["digest"])
         cache = Path(self.cache).expanduser() / self.files_digest[:16]
@@ -170,7 +184,7 @@ class StreamData(FolderData):
             )
             for split in ("train", "test")
         )
-        held_out = replace(train, cache=None)  # a few photos of each shard
+        held_out = replace(train, cache=None)  # they are few, from many shards: downloading whole shards would not pay
         self.photos = {"train": train, "val": held_out, "test": test}
         self.blocks = torch.from_numpy(train.shards.astype(np.int64))
         return Source(
@@ -189,32 +203,39 @@ COLUMNS = ("labels", "shards", "offsets", "sizes")
 
 
 def read_index(root: str) -> dict[str, np.ndarray]:
-    """`class_names`, the `digest` of the folder's files, and `<split>_<column>` of train and test."""
+    """Read the index of the shards in `root`: its arrays by name.
+
+    - `class_names`: strings [C].
+    - `digest`: the hash of the converted folder's file list, a string.
+    - `<split>_<column>` for train and test and each of `COLUMNS`: integers [N], one per photo.
+
+    Raises `UserError` if the index is missing, damaged or inconsistent.
+    """
     files, path = open_root(root)
     try:
         content = io.BytesIO(files.cat_file(f"{path}/{INDEX}"))
-        believable_members(Path(f"{root}/{INDEX}"), content)
+        list_members(Path(f"{root}/{INDEX}"), content)
         with np.load(content, allow_pickle=False) as arrays:
             index = {key: arrays[key] for key in arrays.files if isinstance(arrays[key], np.ndarray)}
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(
-            f"data.root={root} holds no {INDEX}: make shards by python -m src.convert data.root=PHOTOS out=FOLDER."
+            f"data.root={root} has no {INDEX}: make shards with python -m src.convert data.root=PHOTOS out=FOLDER."
         ) from None
-    except Exception as error:  # each storage has its own
-        raise UserError(f"{root}/{INDEX} cannot be read ({reason(error)}).") from None
+    except Exception as error:  # each storage raises its own exceptions
+        raise UserError(
+            f"{root}/{INDEX} cannot be read ({reason(error)}): check the storage, or copy the file there again."
+        ) from None
+    # the digest names a folder of the cache: checking its form keeps an index from reaching other folders
     named = index.get("class_names", np.array(0)).ndim == 1 and re.fullmatch("[0-9a-f]{64}", str(index.get("digest")))
     if not named or not all(_fits(index, split) for split in ("train", "test")):
-        raise UserError(f"{root}/{INDEX} is not what python -m src.convert writes: convert again.")
+        raise UserError(f"{root}/{INDEX} was not written by python -m src.convert: convert the photos again.")
     return index
 
 
 def _fits(index: dict[str, np.ndarray], split: str) -> bool:
-    """Whether a split's columns are there, as long as each other, and its labels are classes.
-
-    The digest names a folder of the cache: that it is one keeps an index from reaching elsewhere.
-    """
+    """Return whether a split has all columns, of one length and of integers, and its labels are class numbers."""
     columns = [index.get(f"{split}_{column}", np.array([])) for column in COLUMNS]
     same = len({column.shape for column in columns}) == 1 and columns[0].ndim == 1 and columns[0].size > 0
     whole = all(column.dtype.kind in "iu" for column in columns)

@@ -1,8 +1,8 @@
-"""Views: augmented images as a pure function of (seed, epoch, sample index).
+"""Views: augmented images as a pure function of (seed, epoch, index of the image).
 
-Augmentation draws from a counter-based generator keyed by these three and nothing else: not by the worker, the batch,
-the device or what ran before. Any split over processes sees the same views, and a resumed run goes on with the right
-ones.
+A counter-based generator draws the views from these three keys and a stream, which separates its uses. Workers,
+batches, devices and earlier draws have no influence. Any number of processes therefore sees the same views, and so
+does a resumed run.
 """
 
 import math
@@ -13,18 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# All streams of random bits. Two uses of one (seed, epoch, index) need different streams.
+ORDER = 0
+"""The order of the images in an epoch."""
+FIRST_VIEW = 1
+"""The view number v of an epoch, counted from 0, has stream FIRST_VIEW + v."""
+SPLIT_STREAM = 1 << 20
+"""The choice of held-out images."""
+BLOCK_ORDER = (1 << 20) + 1
+"""The order of the storage blocks in an epoch."""
+PEER_STREAM = 1 << 21
+"""The initial weights of further students."""
+
 
 def random_bits(seed: int, epoch: int, index: Tensor, stream: int) -> Tensor:
-    """63 random bits for each index, int64 like `index`: SplitMix64 (Steele et al. 2014) chained over the four keys.
+    """Compute 63 random bits for each index, int64 of the shape of `index`.
 
-    Keys that differ in anything give independent bits; `stream` separates the uses of one (seed, epoch, index).
+    SplitMix64 (Steele et al. 2014) is chained over the four keys. The bits are independent for any two different keys.
+    `stream` separates the uses of one (seed, epoch, index).
     """
     return _mix(index ^ _key(seed, epoch, stream)) & 0x7FFF_FFFF_FFFF_FFFF
 
 
 @lru_cache(maxsize=64)
 def _key(seed: int, epoch: int, stream: int) -> int:
-    """What the keys that a whole batch shares come to."""
+    """Hash the keys that a whole batch shares."""
     bits = torch.zeros((), dtype=torch.int64)
     for key in (seed, epoch, stream):
         bits = _mix(bits ^ key)
@@ -32,7 +45,7 @@ def _key(seed: int, epoch: int, stream: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's step: add the golden ratio, then two rounds of shift, xor and multiply, modulo 2^64."""
+    """Make one step of SplitMix64: add the golden ratio, then shift, xor and multiply twice, modulo 2^64."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
@@ -40,31 +53,33 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _signed(constant: int) -> int:
+    """Return the signed 64-bit integer with the bits of an unsigned one, because torch has no unsigned integers."""
     return constant - (1 << 64) if constant >= 1 << 63 else constant
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """A logical shift: torch's own carries the sign along."""
+    """Shift logically: torch's own shift copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(bits: Tensor, draw: int | Tensor) -> Tensor:
-    """Number `draw` of each element's stream of random numbers, float64 in [0, 1), from its 63 random bits.
+    """Compute random number `draw` of each element, float64 in [0, 1), from the element's 63 random bits.
 
-    [B] for one number and bits [B]; [D, B] for numbers [D, 1].
+    The result is [B] for bits [B] and one draw, and [D, B] for draws [D, 1].
     """
     return _shift_right(_mix(_mix(bits) ^ draw), 11).double() * 2.0**-53
 
 
-ORDER, FIRST_VIEW, BLOCK_ORDER = 0, 1, (1 << 20) + 1
 BLOCKS_AT_ONCE = 16
+"""Number of storage blocks that an epoch reads at the same time."""
 
 
 def epoch_order(seed: int, epoch: int, count: int, blocks: Tensor | None = None) -> Tensor:
-    """A permutation of 0 .. count - 1, [count] int64, for this epoch.
+    """Draw the permutation of 0 .. count - 1 for an epoch, [count] int64.
 
-    `blocks` [count] int64 tells where each is stored. Then blocks come one after the other in random order, each spread
-    over the stretch of BLOCKS_AT_ONCE: every block is needed for a short time once an epoch.
+    `blocks` [count] int64 is the storage block of each position. With it, the blocks come one after the other in random
+    order, each spread over a stretch of BLOCKS_AT_ONCE blocks. Each block is then needed only once per epoch, for a
+    short time.
     """
     bits = random_bits(seed, epoch, torch.arange(count), ORDER)
     if blocks is None:
@@ -75,26 +90,31 @@ def epoch_order(seed: int, epoch: int, count: int, blocks: Tensor | None = None)
 
 
 def view_count(padding: int, flip: bool) -> int:
-    """How many different views an image has: 162 under the customary padding of 4 and flip."""
+    """Return the number of different views of an image.
+
+    >>> view_count(padding=4, flip=True)  # the usual augmentation of CIFAR
+    162
+    """
     return (2 * padding + 1) ** 2 * (2 if flip else 1)
 
 
 def draw_views(index: Tensor, *, seed: int, epoch: int, padding: int, flip: bool, view: int = 0) -> Tensor:
-    """The number of each image's view, [B] int64 in 0 .. view_count - 1, uniform over them.
+    """Draw the view number of each image, [B] int64, uniformly from 0 .. view_count - 1.
 
-    `index` [B] holds the images' positions in the training data; `view` numbers independent views of one epoch.
+    `index` [B] are the positions of the images in the training data. `view` numbers the independent views of an epoch.
     """
     return random_bits(seed, epoch, index, FIRST_VIEW + view) % view_count(padding, flip)
 
 
-def crop_and_flip(images: Tensor, views: Tensor, padding: int) -> Tensor:
-    """Views of uint8 images [B, C, H, W] by their numbers [B].
+def crop_and_flip(images: Tensor, view_numbers: Tensor, padding: int) -> Tensor:
+    """Make the views with `view_numbers` [B] of uint8 images [B, C, H, W].
 
-    With uniform numbers this is torchvision's RandomCrop(size, padding) followed by RandomHorizontalFlip; the border is
-    black, as in the customary order of crop before normalisation.
+    With uniform numbers this equals torchvision's RandomCrop(size, padding), followed by RandomHorizontalFlip. The
+    border is black, because images are usually cropped before they are normalised.
     """
     offsets = 2 * padding + 1
-    down, right, mirrored = views % offsets, views // offsets % offsets, views >= offsets**2
+    down, right = view_numbers % offsets, view_numbers // offsets % offsets
+    mirrored = view_numbers >= offsets**2
     count, channels, height, width = images.shape
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, *[padding] * 4))
     steps = torch.arange(width, device=images.device)
@@ -107,18 +127,22 @@ def crop_and_flip(images: Tensor, views: Tensor, padding: int) -> Tensor:
 
 
 CROP_ATTEMPTS = 10
+"""As in torchvision's RandomResizedCrop."""
 
 
 def resized_crop_boxes(
-    views: Tensor, heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
+    bits: Tensor, heights: Tensor, widths: Tensor, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """What each view [B] of 63 random bits cuts out of its image, which is `heights` x `widths` pixels [B] large.
+    """Compute the crop of each view from its 63 random `bits` [B].
 
-    Boxes [B, 4] int64 of left, top, width and height, and whether to mirror, [B] bool: distributed as torchvision's
-    RandomResizedCrop (a share of the area within `scale`, a quotient of width and height log-uniform within `ratio`,
-    10 attempts at a box that fits, else the largest central one) followed by RandomHorizontalFlip.
+    The images are `heights` [B] x `widths` [B] pixels large. Returns the boxes of left, top, width and height, [B, 4]
+    int64, and whether to mirror the crops, [B] bool.
+
+    The distribution is that of torchvision's RandomResizedCrop, followed by RandomHorizontalFlip. The share of the area
+    is uniform within `scale`, and width / height is log-uniform within `ratio`. If none of 10 attempts fits into the
+    image, the largest central crop within `ratio` is taken.
     """
-    draws = uniform(views, torch.arange(2 * CROP_ATTEMPTS + 3, device=views.device)[:, None])
+    draws = uniform(bits, torch.arange(2 * CROP_ATTEMPTS + 3, device=bits.device)[:, None])
     area = heights * widths * (scale[0] + (scale[1] - scale[0]) * draws[0 : 2 * CROP_ATTEMPTS : 2])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     quotient = torch.exp(low + (high - low) * draws[1 : 2 * CROP_ATTEMPTS : 2])
@@ -138,12 +162,16 @@ def resized_crop_boxes(
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images / 255 - mean) / std in float32, per channel, of uint8 images [B, C, H, W]."""
+    """Compute (images / 255 - mean) / std in float32, per channel, for uint8 images [B, C, H, W].
+
+    >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), mean=[0.5], std=[0.25]).item()
+    2.0
+    """
     scale = torch.tensor(std, device=images.device) * 255
     shift = torch.tensor(mean, device=images.device) * 255
-    if images.stride(1) == 1:  # channels last: by whole rows, or torch would go by 3 numbers at a time
+    if images.stride(1) == 1:  # channels last: by whole rows, because torch would loop over 3 numbers at a time
         pixels, width = images.permute(0, 2, 3, 1), images.shape[3]
         rows = pixels.flatten(2).float().sub_(shift.repeat(width)).div_(scale.repeat(width))
         return rows.view(pixels.shape).permute(0, 3, 1, 2)
-    # in place: on a processor memory is what takes time
+    # In place, because memory traffic limits the speed on a CPU.
     return images.float().sub_(shift[:, None, None]).div_(scale[:, None, None])

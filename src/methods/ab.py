@@ -1,13 +1,18 @@
 """Activation boundaries (AB): Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries Formed by
 Hidden Neurons", AAAI 2019, arXiv 1811.03233.
 
-In a first stage the student, through a connector r of each stage, learns where the teacher's neurons are active and
-where not, whatever their strength: with t the teacher's and s the student's features before their ReLU, the loss is
-the sum over channels and pixels of max(0, mu - r(s))^2 where t > 0 and of max(0, mu + r(s))^2 elsewhere, averaged over
-the batch; a stage counts half of the next. The main stage is cross-entropy (the authors add KD: `method@also=kd`).
+    first stage   loss = boundary_weight * sum_i 2^(i - n + 1) L_i over n stages of the networks, i from 0
+                  L_i = sum over channels and pixels of max(0, mu - r(s))^2 where t > 0, max(0, mu + r(s))^2 elsewhere
+    main stage    loss = cross_entropy_weight * CE
 
-The connectors are the paper's, a 1x1 convolution and batch norm at every stage; RepDistiller leaves them out where
-sizes agree and has larger kernels where resolutions differ, which are here averaged to the smaller.
+Notation: s and t are the features of student and teacher before their ReLU, r is the connector of the stage, and mu is
+the margin. L_i is averaged over the batch.
+
+In the first stage the student learns where the teacher's neurons are active, whatever the strength of their response.
+The authors add KD to the main stage, as `method@also=kd` does.
+
+The connectors are the paper's: a 1x1 convolution and batch norm at every stage. RepDistiller omits them if sizes agree,
+and uses larger kernels if resolutions differ. Here the larger features are averaged down to the smaller.
 """
 
 from collections.abc import Iterable
@@ -22,7 +27,9 @@ from src.methods.method import Batch, Method, Networks, Stage, at_least_float32,
 
 
 def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """Sum of max(0, mu - s)^2 where t > 0 and max(0, mu + s)^2 elsewhere, averaged over the batch; both [B, C, H, W].
+    """Compute the sum of max(0, mu - s)^2 where t > 0 and max(0, mu + s)^2 elsewhere, averaged over the batch.
+
+    `student` and `teacher` are [B, C, H, W], `margin` is mu.
 
     >>> student, teacher = torch.tensor([0.5, 0.5, 2.0, -2.0]), torch.tensor([9.0, -9.0, 0.1, -0.1])
     >>> boundary_loss(student.view(1, 4, 1, 1), teacher.view(1, 4, 1, 1), margin=1.0)
@@ -34,7 +41,7 @@ def boundary_loss(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
 
 
 class BoundaryInitialisation(Method):
-    """The first stage: boundary_weight * weighted sum of the boundary losses of all stages."""
+    """The first stage: boundary_weight * weighted sum of the boundary losses of all stages of the networks."""
 
     needs_features = True
     needs_preactivations = True
@@ -46,21 +53,24 @@ class BoundaryInitialisation(Method):
         self.margin = margin
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weight."""
+        """Return a constant weight."""
         return {"boundary": self.boundary_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """The boundaries alone: the student's classifier stays as it is."""
+        """Return the boundary loss alone. The student's classifier stays as it is."""
         stages = zip(cast(Iterable[nn.Module], self.connectors), preactivation_pairs(batch), strict=True)
-        return {"boundary": later_counts_double([self._loss(lead, *pair) for lead, pair in stages])}
+        return {"boundary": later_counts_double([self._loss(connector, *pair) for connector, pair in stages])}
 
-    def _loss(self, lead: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
+    def _loss(self, connector: nn.Module, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = at_one_resolution(student, teacher)
-        return boundary_loss(lead(student), teacher, self.margin)
+        return boundary_loss(connector(student), teacher, self.margin)
 
 
 class AB(Method):
-    """A stage of boundary_weight * boundaries for initial_epochs (at least one), then cross_entropy_weight * CE."""
+    """A first stage of boundary_weight * boundary loss, then cross_entropy_weight * CE.
+
+    The first stage lasts initial_epochs, at least one.
+    """
 
     reads_teacher = False
     connectors: nn.ModuleList
@@ -79,20 +89,20 @@ class AB(Method):
         self.margin = margin
         self.initial_epochs = initial_epochs
 
-    def build(self, networks: Networks) -> None:
-        """A connector for each stage. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Make a connector for each stage. Raises `UserError` if a network has no stages."""
         shapes = stage_shapes(networks, "ab")
         self.connectors = nn.ModuleList(connector(student[0], teacher[0]) for student, teacher in shapes)
 
     def stages(self) -> tuple[Stage, ...]:
-        """The student's features, by boundaries alone."""
+        """List the stage that trains the student's features by the boundary loss alone."""
         initialisation = BoundaryInitialisation(self.connectors, self.boundary_weight, self.margin)
         return (Stage("boundaries", initialisation, max(1, self.initial_epochs)),)
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weight."""
+        """Return a constant weight."""
         return {"cross_entropy": self.cross_entropy_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits."""
+        """Return cross-entropy on the student's own logits."""
         return {"cross_entropy": cross_entropy(batch)}

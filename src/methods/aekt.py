@@ -1,37 +1,50 @@
 """Adaptive Explicit Knowledge Transfer (AEKT): H. Park, J.-S. Lee, arXiv 2409.01679.
 
-Given by the paper (as far as its abstract and figure captions tell): L_TCKD, L_NCKD and L_AEKT act together; L_AEKT
-weights the learning of the teacher's confidence in the target class by the ratio of teacher to student; distillation
-acts after a serialization layer, cross-entropy before it (`src/serialization.py`); the ablation without the 1 - p_t
-term. Ours: the exact form of the weight and its bound, the scale T of the loss, and all constants that DKD does not
-publish.
+    loss = CE + warm-up * (alpha TCKD + beta NCKD + gamma L_AEKT)
 
-Notation as in `src/methods/dkd.py`; sg is stop-gradient.
+u are the student's logits after the serialization layer, v the teacher's logits, t is the target class and T the
+temperature. p = softmax(u / T), q = softmax(v / T), and sg is the stop-gradient.
+
+    TCKD   = T^2 KL([q_t, 1 - q_t], [p_t, 1 - p_t])       target class against the others (DKD)
+    NCKD   = T^2 KL(q', p')                               among the other classes (DKD): "implicit" knowledge
+    L_AEKT = -T sg(w) log p_t                             the teacher's confidence in the target: "explicit" knowledge
+
+Cross-entropy acts on the student's own logits. Distillation acts after the serialization layer
+(`src/training/serialization.py`), which exists in training only.
+
+The abstract and the figure captions of the paper give these parts:
+
+- The three losses act together.
+- L_AEKT weights the learning of the teacher's target-class confidence by the ratio of teacher to student.
+- The serialization layer.
+- The ablation without the term 1 - p_t.
+
+The exact form of the weight w, its bound, the factor T, and all constants that DKD does not publish are ours.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.errors import UserError
-from src.methods.decoupling import Decoupled
-from src.methods.dkd import DKD
-from src.methods.method import warm_up
+from src.methods.decoupling import Decoupled, decouple
+from src.methods.dkd import nckd_loss, tckd_loss
+from src.methods.method import Batch, DistillationLogits, LogitMethod, warm_up
 
 Weighting = Literal["ratio", "log_ratio", "constant"]
 LARGEST_BOUND = 1e6
-"""Beyond it float32 has no room for weight times loss."""
+"""Beyond this bound, the product of weight and loss can overflow float32."""
 
 
 def explicit_weight(log_p: Tensor, log_q: Tensor, weighting: Weighting, max_weight: float) -> Tensor:
-    """The weight w of each sample, [B], from log p_t and log q_t, [B]; ours.
+    """Compute the weight w of each sample, [B], from log p_t and log q_t, [B]. The choices are ours.
 
-    - `ratio`: min(q_t / p_t, max_weight). Below the bound w log p_t has the gradient of q_t / p_t; it always pulls p_t
-      up.
-    - `log_ratio`: log(q_t / p_t) within +-max_weight; vanishes where p_t = q_t and pulls back beyond.
-    - `constant`: q_t; transfer without adaptation, the control.
+    - `ratio`: min(q_t / p_t, max_weight). Below the bound, -w log p_t has the gradient of q_t / p_t. It always
+      pulls p_t up.
+    - `log_ratio`: log(q_t / p_t), clamped to +-max_weight. It is 0 at p_t = q_t, and pulls a larger p_t down.
+    - `constant`: q_t. This is transfer without adaptation, the control.
     """
     if weighting == "ratio":
         return (log_q - log_p).clamp(max=math.log(max_weight)).exp()
@@ -47,43 +60,63 @@ def explicit_transfer_loss(
     max_weight: float = 10.0,
     confidence_term: bool = True,
 ) -> Tensor:
-    """L_AEKT = -T sg(w) log p_t, averaged over the batch.
+    """Compute L_AEKT = -T sg(w) log p_t, averaged over the batch.
 
-    Gradient of one sample's loss at u_t: -w (1 - p_t), at u_i: w p_i. Without the confidence term (the ablation of the
-    paper's Figure B.1) log p_t gives way to the log-odds log(p_t / (1 - p_t)): gradient -w at u_t, w p'_i at u_i; that
-    loss is unbounded below.
+    The gradient of one sample's loss is -w (1 - p_t) at u_t and w p_i at u_i. Without the confidence term (the
+    ablation of the paper's Figure B.1), the log-odds log(p_t / (1 - p_t)) replace log p_t. The gradient is then -w at
+    u_t and w p'_i at u_i, and the loss is unbounded below.
     """
-    log_p, log_q = F.logsigmoid(decoupled.student), F.logsigmoid(decoupled.teacher)
+    log_p, log_q = F.logsigmoid(decoupled.student_log_odds), F.logsigmoid(decoupled.teacher_log_odds)
     weight = explicit_weight(log_p, log_q, weighting, max_weight).detach()
-    confidence = log_p if confidence_term else decoupled.student
+    confidence = log_p if confidence_term else decoupled.student_log_odds
     return -temperature * (weight * confidence).mean()
 
 
-class AEKT(DKD):
+class AEKT(LogitMethod):
     """cross_entropy_weight * CE + warm-up * (alpha * TCKD + beta * NCKD + gamma * L_AEKT)."""
 
     def __init__(
-        self, *, gamma: float, weighting: Weighting, max_weight: float, confidence_term: bool, **dkd: float
+        self,
+        *,
+        cross_entropy_weight: float,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        temperature: PositiveFloat,
+        warmup_epochs: NonNegativeFloat,
+        weighting: Weighting,
+        max_weight: Annotated[float, Field(gt=0, le=LARGEST_BOUND)],
+        confidence_term: bool,
     ) -> None:
-        super().__init__(**dkd)
-        if weighting not in get_args(Weighting):
-            raise UserError(f"method.weighting={weighting} is unknown: choose one of {', '.join(get_args(Weighting))}.")
-        if not 0 < max_weight <= LARGEST_BOUND:
-            raise UserError(
-                f"method.max_weight={max_weight} does not bound the weight: give a number in (0, {LARGEST_BOUND:g}]."
-            )
+        super().__init__()
+        self.cross_entropy_weight = cross_entropy_weight
+        self.alpha = alpha
+        self.beta = beta
         self.gamma = gamma
+        self.temperature = temperature
+        self.warmup_epochs = warmup_epochs
         self.weighting = weighting
         self.max_weight = max_weight
         self.confidence_term = confidence_term
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """DKD's weights and that of explicit transfer, which warms up with them."""
-        return {**super().weights(epoch), "explicit_transfer": warm_up(epoch, self.warmup_epochs) * self.gamma}
+        """Warm the distillation terms up linearly. Cross-entropy has its full weight from the start."""
+        warm = warm_up(epoch, self.warmup_epochs)
+        return {
+            "cross_entropy": self.cross_entropy_weight,
+            "tckd": warm * self.alpha,
+            "nckd": warm * self.beta,
+            "explicit_transfer": warm * self.gamma,
+        }
 
-    def distillation(self, decoupled: Decoupled) -> dict[str, Tensor]:
-        """DKD's terms and explicit transfer."""
+    def distillation(self, logits: DistillationLogits, batch: Batch) -> dict[str, Tensor]:
+        """Return TCKD, NCKD and explicit transfer."""
+        decoupled = decouple(logits.student, logits.teacher, batch.target, self.temperature)
         explicit = explicit_transfer_loss(
             decoupled, self.temperature, self.weighting, self.max_weight, self.confidence_term
         )
-        return {**super().distillation(decoupled), "explicit_transfer": explicit}
+        return {
+            "tckd": tckd_loss(decoupled, self.temperature),
+            "nckd": nckd_loss(decoupled, self.temperature),
+            "explicit_transfer": explicit,
+        }

@@ -1,8 +1,12 @@
 """Attention transfer (AT): Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, arXiv 1612.03928.
 
-The attention map of features A [channels, height, width] is Q = sum_c |A_c|^p, flattened and brought to length 1. The
-loss of a stage is here the mean over samples and pixels of (Q_s - Q_t)^2, as in the authors' and RepDistiller's code,
-which the weight 1000 is meant for (the paper has half a weight times the norm of the difference), summed over stages.
+    Q    = sum_c |A_c|^p, flattened and scaled to length 1
+    loss = sum over stages of the mean of (Q_s - Q_t)^2 over samples and pixels
+
+Notation: A [channels, height, width] are the features of a stage, Q is their attention map, and p is `power`.
+
+The mean follows the authors' and RepDistiller's code, and the weight 1000 belongs to it. The paper instead has half a
+weight times the norm of the difference.
 """
 
 from typing import Annotated
@@ -17,18 +21,19 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def attention_map(features: Tensor, power: float) -> Tensor:
-    """Q [B, height * width], of length 1 each, of features [B, channels, height, width]; all zeros give zeros.
+    """Compute Q [B, height * width], each of length 1, of features [B, channels, height, width]. All zeros give zeros.
 
-    Neither the scale of a sample's features nor the order of channels changes it.
+    Neither the scale of a sample's features nor the order of channels changes Q.
     """
     magnitudes = bounded(at_least_float32(features), (1, 2, 3)).abs()
     return unit(magnitudes.pow(power).mean(dim=1).flatten(1), dim=1)
 
 
 def attention_loss(student_features: Tensor, teacher_features: Tensor, power: float) -> Tensor:
-    """Mean of (Q_s - Q_t)^2 over samples and pixels, features [B, channels, height, width]; any channels and sizes.
+    """Compute the mean of (Q_s - Q_t)^2 over samples and pixels, of features [B, channels, height, width].
 
-    The larger features are averaged down to the resolution of the smaller before their maps are made.
+    Channels and sizes may differ. The larger features are averaged down to the resolution of the smaller before the
+    maps are made.
 
     >>> features = torch.rand(2, 3, 4, 4)
     >>> attention_loss(5 * features, features.flip(1), power=2.0).item() < 1e-12
@@ -49,16 +54,16 @@ class AT(Method):
         self.attention_weight = attention_weight
         self.power = power
 
-    def build(self, networks: Networks) -> None:
-        """Nothing of its own. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Allocate nothing. Raises `UserError` if a network has no stages."""
         stage_shapes(networks, "at")
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "attention": self.attention_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, attention at every stage behind the stem."""
+        """Return cross-entropy on the student's own logits, and attention at every stage after the stem."""
         losses = [attention_loss(student, teacher, self.power) for student, teacher in stage_pairs(batch)]
         return {
             "cross_entropy": cross_entropy(batch),

@@ -1,12 +1,15 @@
 """Class attention transfer (CAT-KD): Z. Guo et al., "Class Attention Transfer Based Knowledge Distillation", CVPR 2023,
 arXiv 2304.12777.
 
-The class activation map of class c is CAM_c = sum_k W_ck f_k of the last feature map f, W the classifier's weights
-(without its bias). Averaged down to a few pixels, and each brought to length 1 where `normalize` says so, the student's
-maps follow the teacher's: the loss is the mean of (CAM_s - CAM_t)^2 over samples, classes and pixels.
+    CAM_c = sum_k W_ck f_k
+    loss  = mean of (CAM_s - CAM_t)^2 over samples, classes and pixels
 
-The authors turn the classifiers into 1x1 convolutions without bias before pooling; the networks here keep theirs, which
-gives the same maps. Their normalisation divides by at least 1e-12, this one leaves zeros alone.
+Notation: f is the last feature map, W are the weights of the classifier without its bias, and CAM_c is the class
+activation map of class c. The maps are first averaged down to a few pixels. With `normalize`, each map is then scaled
+to length 1.
+
+The authors replace each classifier by a 1x1 convolution without bias before pooling. The networks here keep their
+classifiers, which gives the same maps. The authors' normalisation divides by at least 1e-12. Here zeros stay zeros.
 """
 
 from pydantic import PositiveInt
@@ -18,16 +21,16 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def class_activation_maps(last: Tensor, weight: Tensor) -> Tensor:
-    """CAM [B, C, height, width] of a last feature map [B, D, height, width] and a classifier's weights [C, D]."""
+    """Compute CAM [B, C, height, width] of a last map [B, D, height, width] and a classifier's weights [C, D]."""
     last, weight = at_least_float32(last), at_least_float32(weight)
     with exact_products(last):
         return F.conv2d(last, weight[:, :, None, None])
 
 
 def class_attention_loss(student_maps: Tensor, teacher_maps: Tensor, resolution: int, normalize: bool) -> Tensor:
-    """Mean of (CAM_s - CAM_t)^2 at resolution x resolution pixels; maps [B, C, height, width], any sizes.
+    """Compute the mean of (CAM_s - CAM_t)^2 at resolution x resolution pixels.
 
-    With `normalize` neither the scale of a map of the student nor of the teacher matters.
+    The maps are [B, C, height, width] of any size. With `normalize`, the scale of a map does not matter on either side.
     """
     student, teacher = (averaged_to(maps, resolution, resolution).flatten(2) for maps in (student_maps, teacher_maps))
     if normalize:
@@ -50,18 +53,18 @@ class CATKD(Method):
         self.resolution = resolution
         self.normalize = normalize
 
-    def build(self, networks: Networks) -> None:
-        """Both classifiers. Raises `UserError` where a network has no last map."""
+    def allocate(self, networks: Networks) -> None:
+        """Keep both classifiers. Raises `UserError` if a network has no last map."""
         last_map_shapes(networks, "catkd")
-        self.student_classifier = (networks.student.classifier_layer,)  # in a tuple: it stays the student's alone
+        self.student_classifier = (networks.student.classifier_layer,)  # a tuple hides it: it belongs to the student
         self.teacher_classifier = networks.teacher_classifier()
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "class_attention": self.attention_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, class attention of the last maps."""
+        """Return cross-entropy on the student's own logits, and class attention of the last maps."""
         student, teacher = last_maps(batch)
         student = class_activation_maps(student, self.student_classifier[0].weight)
         teacher = class_activation_maps(teacher, self.teacher_classifier.weight)

@@ -1,10 +1,14 @@
 """Correlation congruence (CC): Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, arXiv
 1904.01802.
 
-The paper compares the kernel matrices of a batch's embeddings. The form in use, which RepDistiller has from the authors
-and which its weight and published numbers belong to, is another: with d_i = |s_i - t_i|, element by element, of the
-embeddings s and t of sample i, both linear and both trained, it is the mean over i of <d_i, d_{i+1}>. The batch is what
-one device sees of it.
+    d_i  = |s_i - t_i|, element by element
+    loss = mean over i of <d_i, d_{i+1}>
+
+Notation: s_i and t_i are the embeddings of sample i, trained linear maps of the pooled features of student and teacher.
+The mean is over neighbours in a device's share of the batch.
+
+The paper compares the kernel matrices of a batch's embeddings instead. The form here is that of RepDistiller, which has
+it from the authors. The weight and the published numbers belong to this form.
 """
 
 from pydantic import PositiveInt
@@ -14,7 +18,9 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def congruence_loss(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
-    """Mean of <d_i, d_{i+1}> over the B - 1 neighbours in a batch, embeddings [B, D]; 0 for a batch of one.
+    """Compute the mean of <d_i, d_{i+1}> over the B - 1 neighbours in a batch of embeddings [B, D].
+
+    A batch of one gives 0.
 
     >>> import torch
     >>> congruence_loss(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 2))
@@ -37,17 +43,17 @@ class CC(Method):
         self.congruence_weight = congruence_weight
         self.embedding_size = embedding_size
 
-    def build(self, networks: Networks) -> None:
-        """A trained embedding for each network."""
+    def allocate(self, networks: Networks) -> None:
+        """Make a trained embedding for each network."""
         self.student_embedding = nn.Linear(networks.student_shapes.pooled, self.embedding_size)
         self.teacher_embedding = nn.Linear(networks.teacher_shapes.pooled, self.embedding_size)
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "congruence": self.congruence_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, CC between the pooled features."""
+        """Return cross-entropy on the student's own logits, and CC between the pooled features."""
         student, teacher = self.student_embedding(batch.student.pooled), self.teacher_embedding(batch.teacher.pooled)
         return {
             "cross_entropy": cross_entropy(batch),

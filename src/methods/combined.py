@@ -1,62 +1,67 @@
-"""Two methods at once, as the published tables combine them: CRD + KD, for one."""
+"""Train with two methods at once, as published tables do: CRD + KD, for example."""
 
 from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
 
-from src.errors import UserError
-from src.methods.method import Batch, Method, Networks, Stage
+from src.common.errors import UserError
+from src.methods.method import Batch, DistillationLogits, Method, Networks, Stage
 from src.models.network import Network
 
 Value = TypeVar("Value")
 
 
 class Combined(Method):
-    """All of `main`, and the distillation terms of `also`: cross-entropy counts once, weighted by `main`.
+    """All terms of `main`, and the distillation terms of `also`.
 
-    Terms that both have by one name are `also`'s under `also_<name>`. Gradients and predictor are those of `main`.
+    Cross-entropy counts once, with the weight of `main`. If both have a term of the same name, the term of `also` is
+    renamed to `also_<name>`. Gradients and predictor come from `main`.
     """
 
     def __init__(self, main: Method, also: Method) -> None:
-        """Raises `UserError` where `also` wants a say in gradients or prediction, which `main` has."""
+        """Combine two methods. Raises `UserError` if `also` changes gradients or prediction: only one method can."""
         super().__init__()
         kind = type(also)
         if kind.backward is not Method.backward or kind.predictor is not Method.predictor:
             raise UserError(
-                f"method@also={kind.__name__.lower()} changes gradients or prediction: choose it by method=."
+                f"method@also={kind.__name__.lower()} changes gradients or prediction: choose it with method= instead."
             )
         self.main, self.also = main, also
         self.needs_teacher = main.needs_teacher or also.needs_teacher
         self.reads_teacher = main.reads_teacher or also.reads_teacher
-        self.distils_logits = main.distils_logits or also.distils_logits
         self.needs_features = main.needs_features or also.needs_features
         self.needs_preactivations = main.needs_preactivations or also.needs_preactivations
-        self.views = max(main.views, also.views)
+        self.views_per_image = max(main.views_per_image, also.views_per_image)
 
-    def build(self, networks: Networks) -> None:
-        """Both."""
-        self.main.build(networks)
-        self.also.build(networks)
+    @property
+    def distils_logits(self) -> bool:
+        """True if at least one of the two methods distils logits."""
+        return self.main.distils_logits or self.also.distils_logits
+
+    def allocate(self, networks: Networks) -> None:
+        """Allocate the parameters of both methods."""
+        self.main.allocate(networks)
+        self.also.allocate(networks)
 
     def stages(self) -> tuple[Stage, ...]:
-        """Those of `main`, then those of `also`."""
+        """List the stages of `main`, then those of `also`."""
         return (*self.main.stages(), *self.also.stages())
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Of all terms."""
+        """Return the weights of all terms."""
         return _joined(self.main.weights(epoch), self.also.weights(epoch))
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Of both."""
-        return _joined(self.main.terms(batch), self.also.terms(batch))
+    def all_terms(self, batch: Batch, logits: DistillationLogits) -> dict[str, Tensor]:
+        """Compute the terms of both methods."""
+        return _joined(self.main.all_terms(batch, logits), self.also.all_terms(batch, logits))
 
     def backward(self, loss: Tensor, weighted_terms: Mapping[str, Tensor]) -> None:
-        """As `main` has it."""
+        """Compute gradients as `main` does."""
         self.main.backward(loss, weighted_terms)
 
     def predictor(self, student: Network) -> nn.Module:
-        """As `main` has it."""
+        """Return the predictor of `main`."""
         return self.main.predictor(student)
 
 

@@ -1,17 +1,22 @@
 """Contrastive representation distillation (CRD): Tian et al., "Contrastive Representation Distillation", ICLR 2020,
 arXiv 1910.10699.
 
-A critic tells pairs of one image's teacher and student embeddings from pairs of two images'. With g_T and g_S the
-linear, normalised embeddings of the pooled features, both trained, its probability that a pair is of one image is
+    h    = e / (e + N / M), e = exp(g_T . g_S / tau)                                  (equation 19)
+    loss = -log h of the sample's own pair - sum of log(1 - h) over N negatives       (equation 18)
 
-    h = e / (e + N / M), e = exp(g_T . g_S / tau)                                     (equation 19)
+Notation: g_T and g_S are embeddings of the pooled features of teacher and student, linear, trained and scaled to length
+1. h is a critic's probability that two embeddings are of the same image. The N negatives are images of other classes,
+out of M training images. tau is the temperature.
 
-for N negatives of M training images, and the loss of a sample is -log h of its own pair less the sum of log(1 - h) over
-N images of other classes (equation 18). It counts twice: the student's embedding against a memory of the teacher's
-embeddings of all images, and the other way round. A memory moves towards each embedding that is seen.
+The loss counts twice: the student's embedding is compared with a memory of the teacher's embeddings of all images, and
+the teacher's embedding with a memory of the student's. A memory moves towards each embedding that is seen.
 
-As in RepDistiller, which the weight 0.8 belongs to, e is divided by M times its mean over the first batch, so that
-h = sigmoid(g_T . g_S / tau - log(N mean e)) and M cancels; RepDistiller adds 1e-7 to some denominators, this does not.
+As in RepDistiller, to which the weight 0.8 belongs, e is divided by M times its mean over the first batch. M then
+cancels:
+
+    h    = sigmoid(g_T . g_S / tau - log(N mean e))
+
+RepDistiller adds 1e-7 to some denominators. This code does not.
 """
 
 import math
@@ -23,13 +28,13 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.methods.features import exact_products, pooled_pair, unit
 from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy
 
 
 def contrast_loss(scores: Tensor, log_mean: Tensor) -> Tensor:
-    """-log h of column 0 less the sum of log(1 - h) of the others, averaged over the batch.
+    """Compute -log h of column 0 minus the sum of log(1 - h) of the other columns, averaged over the batch.
 
     `scores` [B, 1 + N] are g_T . g_S / tau, `log_mean` [] is log(mean e).
 
@@ -41,9 +46,9 @@ def contrast_loss(scores: Tensor, log_mean: Tensor) -> Tensor:
 
 
 def draw_negatives(labels: Tensor, target: Tensor, count: int) -> Tensor:
-    """Positions [B, count] in `labels` [M] of other classes than `target` [B]; those labelled -1 are left out.
+    """Draw positions [B, count] in `labels` [M] whose class differs from `target` [B]. Labels of -1 are left out.
 
-    No image twice for one sample, unless there are fewer than `count`: RepDistiller's mode "exact".
+    No image is drawn twice for one sample, unless there are fewer than `count`. This is RepDistiller's mode "exact".
     """
     others = (labels >= 0) & (labels != target[:, None])
     if (others.sum(dim=1) < count).any():
@@ -53,13 +58,16 @@ def draw_negatives(labels: Tensor, target: Tensor, count: int) -> Tensor:
 
 
 def moved(memory: Tensor, index: Tensor, embeddings: Tensor, momentum: float) -> Tensor:
-    """`memory` [M, D] with rows momentum * row + (1 - momentum) * embedding, brought to length 1, at `index` [B]."""
+    """Move the rows `index` [B] of a `memory` [M, D] towards `embeddings` [B, D].
+
+    A row becomes momentum * row + (1 - momentum) * embedding, scaled to length 1. Returns a new memory.
+    """
     rows = momentum * memory[index] + (1 - momentum) * embeddings
-    return memory.index_copy(0, index, unit(rows, dim=1))  # no change in place: the backward pass wants the old one
+    return memory.index_copy(0, index, unit(rows, dim=1))  # not in place: the backward pass needs the old memory
 
 
 def gathered(share: Tensor) -> Tensor:
-    """What all devices have of a batch, each an equal share [B, ...]."""
+    """Gather a batch from all devices, each of which has an equal share [B, ...]."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return share
     shares = [torch.empty_like(share) for _ in range(distributed.get_world_size())]
@@ -68,7 +76,7 @@ def gathered(share: Tensor) -> Tensor:
 
 
 class CRD(Method):
-    """cross_entropy_weight * CE + contrast_weight * CRD; `negatives` is N, `temperature` tau."""
+    """cross_entropy_weight * CE + contrast_weight * CRD. `negatives` is N and `temperature` is tau."""
 
     needs_features = True
     student_embedding: nn.Linear
@@ -96,11 +104,17 @@ class CRD(Method):
         self.temperature = temperature
         self.momentum = momentum
 
-    def build(self, networks: Networks) -> None:
-        """Embeddings, and memories of random rows of length about 1. Raises `UserError` where all are of one class."""
+    def allocate(self, networks: Networks) -> None:
+        """Make the embeddings, and memories of random rows of length about 1.
+
+        Raises `UserError` if all training images are of one class.
+        """
         labels = networks.train_labels
         if len(labels[labels >= 0].unique()) < 2:
-            raise UserError("method=crd contrasts images of different classes, and all training images are of one.")
+            raise UserError(
+                "method=crd contrasts images of different classes, but all training images are of one class: choose "
+                "data with two or more."
+            )
         self.register_buffer("labels", labels, persistent=False)
         bound = math.sqrt(3 / self.embedding_size)
         self.student_embedding = nn.Linear(networks.student_shapes.pooled, self.embedding_size)
@@ -111,11 +125,14 @@ class CRD(Method):
         self.register_buffer("log_means", torch.full((2,), math.nan))
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "contrast": self.contrast_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, CRD between the pooled features; the memories move."""
+        """Return cross-entropy on the student's own logits, and CRD between the pooled features.
+
+        Updates the memories.
+        """
         student, teacher = pooled_pair(batch)
         student = unit(at_least_float32(self.student_embedding(student)), dim=1)
         teacher = unit(at_least_float32(self.teacher_embedding(teacher)), dim=1)
@@ -134,16 +151,18 @@ class CRD(Method):
         }
 
     def scores(self, embeddings: Tensor, memory: Tensor, chosen: Tensor) -> Tensor:
-        """Cosines over tau [B, 1 + N] of embeddings [B, D] with the rows `chosen` [B, 1 + N] of a memory [M, D].
+        """Compute cosines over tau [B, 1 + N] of embeddings [B, D] with rows of a memory [M, D].
 
-        All M are computed: that takes less memory than a copy of the chosen rows for each sample.
+        `chosen` [B, 1 + N] are the positions of the rows.
+
+        The cosines of all M rows are computed, which takes less memory than a copy of the chosen rows for each sample.
         """
         with exact_products(embeddings):
             return (embeddings @ memory.T).gather(1, chosen) / self.temperature
 
     @torch.no_grad()
     def _measure(self, scores: list[Tensor]) -> None:
-        """Set log(mean e) once, on the first batch."""
+        """Set log(mean e) on the first batch."""
         if self.log_means.isnan().any():
             shares = torch.stack([score.logsumexp((0, 1)) - math.log(score.numel()) for score in scores])[None]
             shares = gathered(shares)

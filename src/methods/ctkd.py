@@ -1,11 +1,18 @@
 """Curriculum temperature (CTKD): Z. Li et al., "Curriculum Temperature for Knowledge Distillation", AAAI 2023, arXiv
 2211.16231.
 
-KD whose temperature is learned against the student: T = T_min + T_range sigmoid(theta), and the gradient of the loss
-reaches theta multiplied by -lambda, so that what descends for the student ascends for theta. The curriculum is lambda,
-which grows from 0 to 1 by half a cosine wave over the first epochs.
+    T      = T_min + T_range sigmoid(theta)
+    loss   = T^2 KL(softmax(v / T), softmax(u / T)), averaged over the batch
+    lambda = (1 - cos(pi min(epoch / epochs, 1))) / 2, epoch from 1
 
-theta is one parameter of the method (global), or what a small perceptron says of both predictions (instance-wise).
+Notation: u are the logits of the student, v those of the teacher, theta gives the temperature T, and lambda is the
+curriculum.
+
+The temperature is learned against the student. The gradient of the loss is multiplied by -lambda before it reaches
+theta: a step that descends for the student ascends for theta. lambda grows from 0 to 1 over the first epochs.
+
+theta is one parameter of the method (global), or the output of a small perceptron that reads both predictions
+(instance-wise).
 """
 
 import math
@@ -15,23 +22,27 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy, log_softmax, warm_up
+from src.methods.method import Batch, DistillationLogits, LogitMethod, Networks, at_least_float32, log_softmax, warm_up
 
 
 def curriculum(epoch: int, epochs: float) -> float:
-    """lambda = (1 - cos(pi min((epoch + 1) / epochs, 1))) / 2, `epoch` from 0: the first of 10 epochs has 0.0245."""
+    """Compute lambda = (1 - cos(pi min((epoch + 1) / epochs, 1))) / 2, with `epoch` from 0.
+
+    >>> round(curriculum(0, 10), 4)
+    0.0245
+    """
     return (1 - math.cos(math.pi * warm_up(epoch, epochs))) / 2
 
 
 def reverse_gradient(value: Tensor, strength: float) -> Tensor:
-    """`value` itself, whose gradient is multiplied by -strength on its way back."""
+    """Return `value`, with a gradient that is multiplied by -strength on its way back."""
     return value.detach() - strength * (value - value.detach())
 
 
 def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor) -> Tensor:
-    """T^2 KL(q, p), averaged over the batch, p = softmax(u / T), q = softmax(v / T); logits u and v [B, C].
+    """Compute T^2 KL(q, p), averaged over the batch. p = softmax(u / T), q = softmax(v / T), logits u and v [B, C].
 
-    `temperature` is [] or [B]; its gradient counts T^2 and both softmaxes.
+    `temperature` is [] or [B]. Its gradient includes T^2 and both softmaxes.
     """
     temperature = temperature.expand(len(student_logits))
     log_p, log_q = (log_softmax(logits, temperature[:, None]) for logits in (student_logits, teacher_logits))
@@ -39,10 +50,8 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
     return (temperature**2 * divergence).mean()
 
 
-class CTKD(Method):
+class CTKD(LogitMethod):
     """cross_entropy_weight * CE + kd_weight * KD at the learned temperature."""
-
-    distils_logits = True
 
     def __init__(
         self,
@@ -64,8 +73,8 @@ class CTKD(Method):
         self.curriculum_epochs = curriculum_epochs
         self.instance = instance
 
-    def build(self, networks: Networks) -> None:
-        """theta, or the perceptron [B, 2C] -> [B, 2C] -> [B, 1], that begins by saying the initial theta."""
+    def allocate(self, networks: Networks) -> None:
+        """Make theta, or the perceptron [B, 2C] -> [B, 2C] -> [B, 1]. It first outputs the initial theta."""
         if not self.instance:
             self.theta = nn.Parameter(torch.tensor(float(self.initial_theta)))
             return
@@ -76,7 +85,7 @@ class CTKD(Method):
         self.perceptron = nn.Sequential(nn.Linear(width, width), nn.ReLU(), last)
 
     def temperature(self, student_logits: Tensor, teacher_logits: Tensor, strength: float) -> Tensor:
-        """T, [] or instance-wise [B]; the student is not moved by what its prediction does to the temperature."""
+        """Compute T, [] or instance-wise [B]. No gradient reaches the student through its effect on the temperature."""
         if self.instance:
             predictions = [log_softmax(logits, 1.0).exp() for logits in (student_logits.detach(), teacher_logits)]
             both = torch.cat(predictions, dim=1).to(next(self.perceptron.parameters()).dtype)
@@ -87,14 +96,11 @@ class CTKD(Method):
         return self.temperature_min + self.temperature_range * torch.sigmoid(theta)
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "kd": self.kd_weight}
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, KD on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
-        temperature = self.temperature(student, teacher, curriculum(batch.epoch, self.curriculum_epochs))
-        return {
-            "cross_entropy": cross_entropy(batch),
-            "kd": ctkd_loss(student, teacher, temperature),
-        }
+    def distillation(self, logits: DistillationLogits, batch: Batch) -> dict[str, Tensor]:
+        """Return KD at the learned temperature."""
+        strength = curriculum(batch.epoch, self.curriculum_epochs)
+        temperature = self.temperature(logits.student, logits.teacher, strength)
+        return {"kd": ctkd_loss(logits.student, logits.teacher, temperature)}

@@ -1,15 +1,15 @@
 """DIST: T. Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536.
 
-With p = softmax(u / T) of the student's logits u and q = softmax(v / T) of the teacher's logits v, both [B, C], and
-r(x, y) Pearson's correlation,
+    inter-class = T^2 mean_b (1 - r(p_b, q_b)), b a sample with its C probabilities
+    intra-class = T^2 mean_c (1 - r(p_c, q_c)), c a class with its B probabilities
 
-    inter-class = T^2 mean_b (1 - r(p_b, q_b)), b a sample and its C probabilities,
-    intra-class = T^2 mean_c (1 - r(p_c, q_c)), c a class and its B probabilities: of the samples that one device sees.
+Notation: p = softmax(u / T) of the student's logits u, q = softmax(v / T) of the teacher's logits v, both [B, C].
+r(x, y) is Pearson's correlation. The B samples are a device's share of the batch.
 
-A correlation knows no scale, so each row or column is measured against its own largest probability: columns of classes
-that nobody predicts do not underflow. Where all entries of either side are equal a correlation is undefined: 0 here,
-with no gradient. The authors add 1e-8 to the product of the two lengths instead, which also shrinks the correlation of
-columns that small.
+A correlation does not depend on scale. Each row or column is therefore divided by its largest probability, so that the
+columns of classes that no sample predicts do not underflow. If all entries of either side are equal, the correlation is
+undefined. Here it is 0, with no gradient. The authors instead add 1e-8 to the product of the two lengths, which also
+shrinks the correlation of very small columns.
 """
 
 import math
@@ -18,11 +18,11 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from src.methods.method import Batch, Method, cross_entropy, log_softmax
+from src.methods.method import Batch, DistillationLogits, LogitMethod, log_softmax
 
 
 def correlation(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation along `dim` of two matrices given by their logarithms, [B, C] to [B] or [C].
+    """Compute Pearson's correlation along `dim` of two matrices given by their logarithms, [B, C] to [B] or [C].
 
     exp(log_p) may be any positive numbers: r(m p + n, q) = r(p, q) for m > 0 and any n.
     """
@@ -30,20 +30,20 @@ def correlation(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
 
 
 def _direction(log_p: Tensor, dim: int) -> Tensor:
-    """Centred and of length 1 along `dim`; zero where all entries are equal."""
-    values = torch.expm1(log_p - log_p.amax(dim, keepdim=True).detach())  # minus 1: equal ones are zero, exactly
+    """Centre exp(log_p) and scale it to length 1 along `dim`. Zero if all entries are equal."""
+    values = torch.expm1(log_p - log_p.amax(dim, keepdim=True).detach())  # expm1 makes equal entries exactly zero
     values = values - values.mean(dim, keepdim=True)
-    length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     return values / length.where(length > 0, math.inf)
 
 
 def inter_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 (1 - r) of each row of probabilities, averaged over the batch; logits [B, C]."""
+    """Compute T^2 (1 - r) of each row of probabilities, averaged over the batch. Logits are [B, C]."""
     return _relation_loss(student_logits, teacher_logits, temperature, dim=1)
 
 
 def intra_class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 (1 - r) of each column of probabilities, averaged over the classes; logits [B, C]."""
+    """Compute T^2 (1 - r) of each column of probabilities, averaged over the classes. Logits are [B, C]."""
     return _relation_loss(student_logits, teacher_logits, temperature, dim=0)
 
 
@@ -52,10 +52,8 @@ def _relation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return temperature**2 * (1 - correlation(log_p, log_q, dim)).mean()
 
 
-class DIST(Method):
+class DIST(LogitMethod):
     """cross_entropy_weight * CE + inter_class_weight * inter-class + intra_class_weight * intra-class."""
-
-    distils_logits = True
 
     def __init__(
         self,
@@ -72,18 +70,16 @@ class DIST(Method):
         self.temperature = temperature
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {
             "cross_entropy": self.cross_entropy_weight,
             "inter_class": self.inter_class_weight,
             "intra_class": self.intra_class_weight,
         }
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, both relations on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
+    def distillation(self, logits: DistillationLogits, batch: Batch) -> dict[str, Tensor]:
+        """Return both relations."""
         return {
-            "cross_entropy": cross_entropy(batch),
-            "inter_class": inter_class_loss(student, teacher, self.temperature),
-            "intra_class": intra_class_loss(student, teacher, self.temperature),
+            "inter_class": inter_class_loss(logits.student, logits.teacher, self.temperature),
+            "intra_class": intra_class_loss(logits.student, logits.teacher, self.temperature),
         }

@@ -1,4 +1,4 @@
-"""What the methods on features share: stages side by side, and arithmetic that no scale of a feature breaks."""
+"""Helpers of methods on features: stages in pairs, and arithmetic that is exact at every scale of the features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.methods.method import Batch, Networks
 from src.models.network import Network
 
@@ -18,53 +18,63 @@ Shape = tuple[int, ...]
 
 
 def stage_pairs(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """The features of student and teacher stage by stage, without the stems'.
+    """Pair the features of student and teacher stage by stage, without the stems.
 
-    As in RepDistiller stages are paired in order, and where one network has more of them its last ones take no part.
+    Stages are paired in order, as in RepDistiller. If one network has more stages, its last ones are left out.
     """
     return list(zip(batch.student.features[1:], batch.teacher.features[1:], strict=False))
 
 
 def pooled_pair(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The pooled features [B, D] of student and teacher."""
-    student, teacher = batch.student.pooled, batch.teacher.pooled
-    assert student is not None, "a method that reads features says needs_features"
-    assert teacher is not None
-    return student, teacher
+    """Return the pooled features [B, D] of student and teacher."""
+    return batch.student.pooled, batch.teacher.pooled
 
 
 def stage_shapes(networks: Networks, method: str) -> list[tuple[Shape, Shape]]:
-    """(channels, height, width) of `stage_pairs`. Raises `UserError` where a network has no stage behind its stem."""
+    """Return (channels, height, width) of both networks for each pair of `stage_pairs`.
+
+    `method` names the method in the message. Raises `UserError` if a network has no stage after its stem.
+    """
     student, teacher = networks.student_shapes.features, networks.teacher_shapes.features
     if len(student) < 2 or len(teacher) < 2:
         raise UserError(
-            f"method={method} compares the stages behind the stem, but the student has {len(student)} and the teacher "
-            f"{len(teacher)} feature maps in all: choose networks with two or more."
+            f"method={method} compares the stages after the stem, but the student has {len(student)} and the teacher "
+            f"{len(teacher)} feature maps, the stem included: choose networks with two or more."
         )
     return list(zip(student[1:], teacher[1:], strict=False))
 
 
 def at_one_resolution(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [B, channels, height, width], the larger averaged down to the smaller; channels stay as they are."""
+    """Average the larger of two maps [B, channels, height, width] down to the resolution of the smaller.
+
+    Both keep their channels.
+    """
     height, width = (min(student.shape[i], teacher.shape[i]) for i in (2, 3))
     return averaged_to(student, height, width), averaged_to(teacher, height, width)
 
 
 def averaged_to(features: Tensor, height: int, width: int) -> Tensor:
-    """Means of [B, channels, height, width] over blocks of pixels; channels stay as they are."""
+    """Average [B, channels, H, W] over blocks of pixels, down to `height` x `width` pixels. Channels are kept."""
     if features.shape[2:] == (height, width):
         return features
     rows, columns = features.shape[2] / height, features.shape[3] / width
-    if rows.is_integer() and columns.is_integer():  # the same means, but adaptive pooling is not reproducible on a GPU
+    if rows.is_integer() and columns.is_integer():
+        # Adaptive pooling would compute the same means, but its gradient is not reproducible on a GPU.
         return F.avg_pool2d(features, (int(rows), int(columns)))
     return F.adaptive_avg_pool2d(features, (height, width))
 
 
 def bounded(features: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Over the largest magnitude along `dim`, which counts as a constant; all zeros stay so and get no gradient.
+    """Divide features by their largest magnitude along `dim`, which counts as a constant.
 
-    For losses that do not change with the scale of `features` along `dim`: there it is exact, also in the gradient,
-    and squares neither overflow nor vanish. A largest magnitude below the smallest normal number is taken for zero.
+    All zeros stay zeros and get no gradient. A largest magnitude below the smallest normal number counts as zero.
+
+    This is for losses that do not depend on the scale of `features` along `dim`. The loss and its gradient are then
+    exact, and squares neither overflow nor vanish.
+
+    >>> bounded(torch.tensor([[3e30, -6e30], [0.0, 0.0]]), dim=1)
+    tensor([[ 0.5000, -1.0000],
+            [ 0.0000,  0.0000]])
     """
     largest = features.detach().abs().amax(dim, keepdim=True)
     positive = largest >= torch.finfo(features.dtype).smallest_normal
@@ -72,9 +82,13 @@ def bounded(features: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 def unit(features: Tensor, dim: int) -> Tensor:
-    """x / |x| along `dim`, at any scale; zero where x is, with gradient zero.
+    """Scale features to length 1 along `dim`: x / |x|, exact at every scale. Zero stays zero, with gradient zero.
 
-    `F.normalize` would shorten what is smaller than its floor of 1e-12, and its slope at zero is the floor's inverse.
+    `F.normalize` would shorten vectors below its floor of 1e-12, and its gradient at zero is the inverse of the floor.
+
+    >>> unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]), dim=1)
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
     """
     features = bounded(features, dim)
     norm = torch.linalg.vector_norm(features, dim=dim, keepdim=True)
@@ -82,19 +96,22 @@ def unit(features: Tensor, dim: int) -> Tensor:
 
 
 def exact_products(tensor: Tensor) -> AbstractContextManager[None]:
-    """Within it mixed precision leaves matrix products alone: a loss is computed as precisely as its inputs allow."""
+    """Return a context without mixed precision, in which matrix products are as precise as their inputs allow.
+
+    The device is that of `tensor`.
+    """
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def preactivation_pairs(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """As `stage_pairs`, before the ReLU."""
+    """Pair the features before their ReLU, in the same way as `stage_pairs`."""
     return list(zip(batch.student.preactivations[1:], batch.teacher.preactivations[1:], strict=False))
 
 
 def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
-    """1x1 convolution and batch norm, as OFD and AB lead the student's features [B, channels, H, W] to the teacher's.
+    """Make a 1x1 convolution and batch norm that map the student's features [B, channels, H, W] to the teacher's width.
 
-    Its weights begin as N(0, 2 / teacher_channels), as in both papers' code.
+    The weights start from N(0, 2 / teacher_channels), as in the code of OFD and AB.
     """
     convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
@@ -102,22 +119,31 @@ def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
 
 
 def later_counts_double(losses: Sequence[Tensor]) -> Tensor:
-    """sum_i 2^(i - n + 1) loss_i, i from 0 to n - 1: the last stage counts whole, each other half of the next."""
+    """Compute sum_i 2^(i - n + 1) loss_i of n stages, with i from 0.
+
+    The last stage has weight 1, and each other stage half the weight of the next.
+
+    >>> later_counts_double([torch.tensor(4.0), torch.tensor(4.0), torch.tensor(4.0)])
+    tensor(7.)
+    """
     return torch.stack([loss * 2.0 ** (i - len(losses) + 1) for i, loss in enumerate(losses)]).sum()
 
 
 def last_maps(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The maps [B, D, height, width] that the pooled features of student and teacher are made of."""
+    """Return the maps [B, D, height, width] of student and teacher from which their pooled features are made."""
     student, teacher = batch.student.unpooled, batch.teacher.unpooled
-    assert student is not None, "a method that reads these maps asks for their shapes first"
+    assert student is not None, "call last_map_shapes in allocate: it raises UserError if there is no such map"
     assert teacher is not None
     return student, teacher
 
 
 def last_map_shapes(networks: Networks, method: str) -> tuple[Shape, Shape]:
-    """(D, height, width) of `last_maps`. Raises `UserError` where the pooled features are not simply such a map's."""
-    teacher = networks.teacher
-    assert teacher is not None
+    """Return (D, height, width) of both `last_maps`.
+
+    `method` names the method in the message. Raises `UserError` if a network's pooled features are not simply the
+    pooled last map.
+    """
+    teacher = networks.required_teacher
     channels, height, width = networks.image_shape
     size = (teacher.image_size, teacher.image_size) if teacher.image_size else (height, width)
     return (
@@ -130,8 +156,10 @@ def last_map_shapes(networks: Networks, method: str) -> tuple[Shape, Shape]:
 def _last_map_shape(network: Network, image_shape: Shape, whose: str) -> Shape:
     training, parameter = network.training, next(network.parameters())
     image = torch.linspace(-2, 2, math.prod(image_shape)).view(1, *image_shape).to(parameter)
-    said = network.eval().forward_features(image)
+    output = network.eval().forward_features(image)
     network.train(training)
-    if said.unpooled is None or not torch.allclose(network.pool(said.unpooled), said.pooled, rtol=1e-3, atol=1e-5):
-        raise UserError(f"{whose} classifier does not see its last feature map averaged: choose another network.")
-    return tuple(said.unpooled.shape[1:])
+    if output.unpooled is None or not torch.allclose(
+        network.pool(output.unpooled), output.pooled, rtol=1e-3, atol=1e-5
+    ):
+        raise UserError(f"{whose} classifier does not read its pooled last feature map: choose another network.")
+    return tuple(output.unpooled.shape[1:])

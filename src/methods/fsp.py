@@ -1,12 +1,16 @@
 """Flow of solution procedure (FSP): Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
 Minimization and Transfer Learning", CVPR 2017.
 
-The FSP matrix of a block between its input F1 [c1, h, w] and its output F2 [c2, h, w] is
-G_ij = sum over pixels of F1_i F2_j / (h w). In a first stage the student alone learns to have its teacher's matrices;
-the main stage is cross-entropy from the weights that this left.
+    G_ij          = sum over pixels of F1_i F2_j / (h w)
+    first stage   loss = flow_weight * sum over blocks of the mean of (G_s - G_t)^2 over samples and elements
+    main stage    loss = cross_entropy_weight * CE
 
-As in RepDistiller the blocks are the stages, the matrices' squared difference is averaged over its elements (the paper
-sums), and the larger map of a pair is averaged down (the paper max-pools it).
+Notation: G is the FSP matrix of a block, between its input F1 [c1, h, w] and its output F2 [c2, h, w].
+
+In the first stage the student learns the teacher's matrices alone. The main stage continues from its weights.
+
+Three details follow RepDistiller. The blocks are the stages. The squared difference of the matrices is averaged over
+its elements, while the paper sums it. The larger map of a pair is averaged down, while the paper max-pools it.
 """
 
 import itertools
@@ -17,13 +21,13 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.methods.features import at_one_resolution, exact_products
 from src.methods.method import Batch, Method, Networks, Stage, at_least_float32, cross_entropy
 
 
 def fsp_matrix(first: Tensor, last: Tensor) -> Tensor:
-    """G [B, c1, c2] of features [B, c1, h1, w1] and [B, c2, h2, w2].
+    """Compute G [B, c1, c2] of features [B, c1, h1, w1] and [B, c2, h2, w2].
 
     >>> fsp_matrix(torch.ones(1, 2, 4, 4), 3 * torch.ones(1, 1, 2, 2)).tolist()
     [[[3.0], [3.0]]]
@@ -34,16 +38,16 @@ def fsp_matrix(first: Tensor, last: Tensor) -> Tensor:
 
 
 def fsp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean of (G_s - G_t)^2 over samples and elements, summed over consecutive pairs of the features [B, C, H, W].
+    """Compute the mean of (G_s - G_t)^2 over samples and elements, summed over consecutive pairs of features.
 
-    Channels must agree, resolutions need not.
+    Features are [B, C, H, W]. Channels of student and teacher must agree, resolutions need not.
     """
-    matrices = ([fsp_matrix(first, last) for first, last in itertools.pairwise(said)] for said in (student, teacher))
+    matrices = ([fsp_matrix(*pair) for pair in itertools.pairwise(features)] for features in (student, teacher))
     return torch.stack([F.mse_loss(s, t) for s, t in zip(*matrices, strict=True)]).sum()
 
 
 class FlowInitialisation(Method):
-    """The first stage: flow_weight * FSP, of stem and all stages."""
+    """The first stage: flow_weight * FSP of the stem and all stages."""
 
     needs_features = True
 
@@ -52,16 +56,19 @@ class FlowInitialisation(Method):
         self.flow_weight = flow_weight
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weight."""
+        """Return a constant weight."""
         return {"flow": self.flow_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """FSP alone: the student's classifier stays as it is."""
+        """Return FSP alone. The student's classifier stays as it is."""
         return {"flow": fsp_loss(batch.student.features, batch.teacher.features)}
 
 
 class FSP(Method):
-    """A stage of flow_weight * FSP for initial_epochs (at least one), then cross_entropy_weight * CE."""
+    """A first stage of flow_weight * FSP, then cross_entropy_weight * CE.
+
+    The first stage lasts initial_epochs, at least one.
+    """
 
     reads_teacher = False
 
@@ -71,25 +78,25 @@ class FSP(Method):
         self.flow_weight = flow_weight
         self.initial_epochs = initial_epochs
 
-    def build(self, networks: Networks) -> None:
-        """Nothing of its own. Raises `UserError` where the channels of the networks differ."""
+    def allocate(self, networks: Networks) -> None:
+        """Allocate nothing. Raises `UserError` if the channels of the networks differ."""
         student, teacher = (
-            [shape[0] for shape in found.features] for found in (networks.student_shapes, networks.teacher_shapes)
+            [shape[0] for shape in shapes.features] for shapes in (networks.student_shapes, networks.teacher_shapes)
         )
         if student != teacher or len(student) < 2:
             raise UserError(
-                f"method=fsp compares stages of the same channels, two or more, but the student's have {student} and "
-                f"the teacher's {teacher}: choose two networks of one family and width."
+                f"method=fsp compares stages of the same channels and needs two or more, but the student's have "
+                f"{student} and the teacher's {teacher}: choose two networks of one family and width."
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        """The student's features, by FSP alone."""
+        """List the stage that trains the student's features by FSP alone."""
         return (Stage("flow", FlowInitialisation(self.flow_weight), max(1, self.initial_epochs)),)
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weight."""
+        """Return a constant weight."""
         return {"cross_entropy": self.cross_entropy_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits."""
+        """Return cross-entropy on the student's own logits."""
         return {"cross_entropy": cross_entropy(batch)}

@@ -1,19 +1,23 @@
-"""The contract of a method: what it may ask for, and what it gives back.
+"""The contract of a distillation method: its inputs and its outputs.
 
-A method is a function from what student and teacher said to named loss terms. A new one is one file in this folder
-(the paper's equation as a pure function on tensors, and under it a small subclass of `Method`) and one yaml in
-`conf/method/`. It may ask for
+A method turns the outputs of student and teacher into named loss terms. A new method is one file in this folder and
+one file in `conf/method/`. The file here holds the paper's equation as a pure function on tensors, and below it a
+small subclass of one of two base classes:
 
-- logits of student and teacher before and after the serialization layer, targets, sample indices, epoch and step:
-  always there, in `Batch`;
-- stage features, pooled features and the map those are made of, of both networks: `needs_features = True`; the stage
-  features before their ReLU too: `needs_preactivations = True`;
-- more than one augmented view of each image: `views = 2`;
-- parameters and buffers of its own (adapters, a learnable temperature, a memory bank): made in `build`, where the
-  sizes of both networks, the number of training images, the teacher's classifier and further students can be had; they
-  join the optimiser, the checkpoint and the device by being there;
-- stages that run before the main one: `stages`;
-- a say in how the gradients of its terms are combined: `backward`;
+- `LogitMethod`, for a loss on logits. It defines `distillation`, which gets the logits of student and teacher.
+- `Method`, for everything else. It defines `terms`, which gets the whole `Batch`.
+
+A subclass of either also defines `weights`. The training loop calls `all_terms`, which returns the terms of `terms`,
+or cross-entropy and the terms of `distillation`. `weighted` multiplies them by their weights.
+
+A method may also ask for
+
+- features of both networks: `needs_features = True`, and `needs_preactivations = True` for features before their ReLU;
+- several augmented views of each image: `views_per_image = 2`;
+- parameters and buffers of its own, such as adapters or a memory bank: it makes them in `allocate`, which knows the
+  sizes of both networks. They join the optimiser, the checkpoints and the device because they are part of the method;
+- stages that are trained before the main one: `stages`;
+- its own way to combine the gradients of its terms: `backward`;
 - a predictor other than the bare student: `predictor`.
 """
 
@@ -22,49 +26,108 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.models.network import Network, Shapes, shapes
+from src.common.errors import UserError
+from src.models.network import Network, Output, Shapes, measure_shapes
 
 if TYPE_CHECKING:
-    from src.teacher import Teacher
+    from src.teachers.teacher import Teacher
 
 
-class Prediction(NamedTuple):
-    """What one network said about one view of a batch of B images with C classes."""
+class WithoutFeatures(Output):
+    """The output that a method gets if it does not ask for features: reading them raises `UserError`."""
 
-    logits: Tensor
-    """[B, C]: the network's own, which cross-entropy sees and inference uses."""
-    distillation_logits: Tensor
-    """[B, C]: what distillation compares: the student's after its serialization (`logits` itself where that is off, and
-    for a teacher), both standardized under `standardize_logits`."""
-    features: tuple[Tensor, ...]
-    """The stem's output and each stage's [B, channels, height, width]; empty unless the method `needs_features`."""
-    pooled: Tensor | None
-    """[B, D], the input of the classifier; None unless the method `needs_features`."""
-    preactivations: tuple[Tensor, ...] = ()
-    """`features` before their ReLU, of the same shapes; empty unless the method `needs_preactivations`."""
-    unpooled: Tensor | None = None
-    """[B, D, height, width], the map that `pooled` is made of; None where there is none or no `needs_features`."""
+    @property
+    def features(self) -> Any:
+        """Raise `UserError`."""
+        raise _not_requested("features", "needs_features")
+
+    @property
+    def pooled(self) -> Any:
+        """Raise `UserError`."""
+        raise _not_requested("pooled features", "needs_features")
+
+    @property
+    def unpooled(self) -> Any:
+        """Raise `UserError`."""
+        raise _not_requested("the last feature maps", "needs_features")
+
+    @property
+    def preactivations(self) -> Any:
+        """Raise `UserError`."""
+        raise _not_requested("preactivations", "needs_features = True and needs_preactivations")
+
+
+class WithoutPreactivations(Output):
+    """The output that a method gets if it asks for features alone: reading preactivations raises `UserError`."""
+
+    @property
+    def preactivations(self) -> Any:
+        """Raise `UserError`."""
+        raise _not_requested("preactivations", "needs_preactivations")
+
+
+def logits_only(logits: Tensor) -> WithoutFeatures:
+    """Wrap the logits [B, C] of a network whose features were not requested."""
+    return WithoutFeatures(logits, (), logits)
+
+
+def _not_requested(read: str, flag: str) -> UserError:
+    return UserError(f"The method reads {read} without asking for them: set {flag} = True in its class.")
 
 
 class View(NamedTuple):
-    """One augmented view of the batch and what both networks said about it."""
+    """One augmented view of a batch, and the outputs of both networks for it."""
 
     images: Tensor
     """[B, 3, H, W], normalised for the student."""
-    student: Prediction
-    teacher: Prediction | None
-    """None where the method has no teacher or does not read it; never carries gradients."""
+    student: Output
+    teacher: Output | None
+    """Without gradients. None if the method has no teacher, or does not read it in this stage."""
+
+
+class LogitPair(NamedTuple):
+    """The logits that distillation compares in one view, each [B, C]."""
+
+    student: Tensor
+    """After the serialization layer and after standardization, if they are on."""
+    teacher: Tensor | None
+    """After standardization, if it is on. None without a teacher."""
+
+
+@dataclass(frozen=True)
+class DistillationLogits:
+    """The logits that distillation compares, by view."""
+
+    views: tuple[LogitPair, ...]
+
+    @property
+    def student(self) -> Tensor:
+        """The student's logits [B, C] for the first view."""
+        return self.views[0].student
+
+    @property
+    def teacher(self) -> Tensor:
+        """The teacher's logits [B, C] for the first view. Raises `UserError` without a teacher."""
+        if self.views[0].teacher is None:
+            raise _no_teacher()
+        return self.views[0].teacher
+
+
+def _no_teacher() -> UserError:
+    return UserError(
+        "The method reads the teacher, but its class sets needs_teacher or reads_teacher to False: set it to True."
+    )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All that a method sees of one training step."""
+    """The input of a method in one training step. The logits for distillation are passed separately."""
 
     views: tuple[View, ...]
     target: Tensor
@@ -74,125 +137,188 @@ class Batch:
     epoch: int
     """From 0."""
     step: int
-    """Optimiser steps done before this one."""
+    """The number of optimiser steps before this one."""
 
     @property
-    def student(self) -> Prediction:
-        """What the student said about the first view."""
+    def student(self) -> Output:
+        """The student's output for the first view."""
         return self.views[0].student
 
     @property
-    def teacher(self) -> Prediction:
-        """What the teacher said about the first view."""
-        teacher = self.views[0].teacher
-        assert teacher is not None, "a method that reads the teacher leaves needs_teacher at True"
-        return teacher
+    def teacher(self) -> Output:
+        """The teacher's output for the first view. Raises `UserError` without a teacher."""
+        if self.views[0].teacher is None:
+            raise _no_teacher()
+        return self.views[0].teacher
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What a method can ask about the networks and the data when it makes its own parts."""
+    """The networks and data that a method may read when it allocates its own parameters."""
 
     student: Network
     teacher: Teacher | None
     image_shape: tuple[int, int, int]
     train_labels: Tensor
-    """[N] int64, the class of each image of the training data, -1 where it is left out or held out."""
+    """[N] int64, the class of each image of the training data, or -1 if the image is left out or held out."""
     new_student: Callable[[], Network]
-    """Makes one more student with fresh weights, for methods that train several."""
+    """Makes another student with fresh weights, for methods that train several."""
 
     @property
     def train_size(self) -> int:
-        """Number of images of the training data."""
+        """The number of images of the training data."""
         return len(self.train_labels)
 
     @cached_property
     def student_shapes(self) -> Shapes:
         """Sizes of the student's logits and features."""
-        return shapes(self.student, self.image_shape)
+        return measure_shapes(self.student, self.image_shape)
 
     @cached_property
     def teacher_shapes(self) -> Shapes:
         """Sizes of the teacher's logits and features."""
-        assert self.teacher is not None
-        return self.teacher.shapes(self.image_shape)
+        return self.required_teacher.shapes(self.image_shape)
+
+    @property
+    def required_teacher(self) -> Teacher:
+        """The teacher. Raises `UserError` without one."""
+        if self.teacher is None:
+            raise _no_teacher()
+        return self.teacher
 
     def teacher_classifier(self) -> nn.Linear:
-        """A frozen copy of the teacher's last layer, the method's to keep (and saved with it)."""
-        assert self.teacher is not None
-        return self.teacher.classifier()
+        """Copy the teacher's last layer, frozen. The copy belongs to the method and is saved with it."""
+        return self.required_teacher.classifier()
 
 
 class Stage(NamedTuple):
-    """Training that comes before the main one, with the same data and its own terms."""
+    """Training before the main stage, on the same data, with its own terms."""
 
     name: str
     method: Method
-    """Its terms decide what is trained; modules that it shares with the main method carry over."""
+    """Its terms decide what is trained. Modules that it shares with the main method carry over."""
     epochs: int
     learning_rate_scale: float = 1.0
-    """Of the main stage's learning rate."""
+    """Multiplies the main stage's learning rate."""
 
 
 class Method(nn.Module):
-    """Base of all methods: a subclass defines `weights` and `terms`, the rest has the defaults of a logit method."""
+    """The base of all methods. A subclass defines `weights` and `terms`."""
 
     needs_teacher = True
     reads_teacher = True
-    """False where the stages alone do: in the main one the teacher is then not asked."""
-    distils_logits = False
-    """Whether a term reads `distillation_logits`: only then does serialization mean anything."""
+    """False if only the stages before the main one read the teacher. The main stage then does not run it."""
     needs_features = False
     needs_preactivations = False
-    """Beside the features: what their ReLUs were given (`src/models/preactivations.py` says what of which network)."""
-    views = 1
+    """Requires `needs_features`. `src/models/preactivations.py` defines them for each family of networks."""
+    views_per_image = 1
 
-    def build(self, networks: Networks) -> None:
-        """Make the method's own parameters and buffers, in sizes asked of the networks."""
+    @property
+    def distils_logits(self) -> bool:
+        """True if a term compares logits for distillation, so that a serialization layer can act on it."""
+        return False
+
+    def allocate(self, networks: Networks) -> None:
+        """Make the method's own parameters and buffers, in sizes that fit the networks."""
 
     def stages(self) -> tuple[Stage, ...]:
-        """What has to be trained before the main stage."""
+        """List the stages that are trained before the main one."""
         return ()
 
     def weights(self, epoch: int) -> Mapping[str, float]:
-        """The weight of each term in this epoch (from 0): the one place where weights and warm-ups live."""
+        """Return the weight of each term in this epoch (from 0). Warm-ups live here and nowhere else."""
         raise NotImplementedError
 
     def terms(self, batch: Batch) -> Mapping[str, Tensor]:
-        """The loss terms by name, unweighted scalars; the loss is the sum of weight times term.
-
-        A term of weight 0 is left out of the sum, so that neither its value nor its gradient can spoil it.
-        """
+        """Return the loss terms by name, as unweighted scalars."""
         raise NotImplementedError
 
+    def all_terms(self, batch: Batch, logits: DistillationLogits) -> Mapping[str, Tensor]:
+        """Compute all terms. The training loop calls this method. A subclass defines `terms` instead."""
+        return self.terms(batch)
+
+    def restrict(self, output: Output) -> Output:
+        """Limit a network's output to what the class asks for: reading anything else raises `UserError`."""
+        if not self.needs_features:
+            return logits_only(output.logits)
+        return output if self.needs_preactivations else WithoutPreactivations(*output)
+
     def backward(self, loss: Tensor, weighted_terms: Mapping[str, Tensor]) -> None:
-        """Leave gradients in the parameters. `loss` is the sum of the terms (scaled under float16)."""
+        """Compute the gradients of all parameters. `loss` is the sum of the terms, scaled under float16."""
         loss.backward()
 
     def predictor(self, student: Network) -> nn.Module:
-        """The module that maps normalised images [B, 3, H, W] to logits [B, C] at inference."""
+        """Return the module that maps normalised images [B, 3, H, W] to logits [B, C] at inference."""
         return student
 
 
+class LogitMethod(Method):
+    """The base of methods that distil logits: cross-entropy on the labels, and the terms of `distillation`.
+
+    Only these methods read the logits for distillation, so only they combine with a serialization layer and with
+    standardized logits. The term `cross_entropy` is always there. `weights` gives its weight.
+    """
+
+    @property
+    def distils_logits(self) -> bool:
+        """Always true."""
+        return True
+
+    def distillation(self, logits: DistillationLogits, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the distillation terms by name, as unweighted scalars, from the logits [B, C] of both networks."""
+        raise NotImplementedError
+
+    def all_terms(self, batch: Batch, logits: DistillationLogits) -> Mapping[str, Tensor]:
+        """Compute cross-entropy on the student's own logits, and the distillation terms."""
+        # Cross-entropy comes first, so that its gradient comes last: the tensors that distillation keeps for its
+        # backward pass have been freed by then.
+        return {"cross_entropy": cross_entropy(batch), **self.distillation(logits, batch)}
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Multiply each term by its weight.
+
+    A term of weight 0 is left out, because 0 times infinity would be NaN. Raises `UserError` for a term without a
+    weight and for a weight without a term.
+
+    >>> weighted({"kd": torch.tensor(3.0)}, {"kd": 0.5})
+    {'kd': tensor(1.5000)}
+    """
+    if without_weight := [name for name in terms if name not in weights]:
+        raise UserError(
+            f"The method computes the term {without_weight[0]!r}, but its weights() lacks it: add its weight there."
+        )
+    if without_term := [name for name in weights if name not in terms]:
+        raise UserError(
+            f"The method's weights() has {without_term[0]!r}, but no term has this name: remove it or compute the term."
+        )
+    return {name: weights[name] * term for name, term in terms.items() if weights[name] != 0}
+
+
 def warm_up(epoch: int, epochs: float) -> float:
-    """Linear warm-up of a weight, min((epoch + 1) / epochs, 1), `epoch` from 0: the first of 20 epochs weighs 0.05."""
+    """Warm a weight up linearly: min((epoch + 1) / epochs, 1), with `epoch` from 0.
+
+    >>> warm_up(0, 20)
+    0.05
+    """
     return 1.0 if epochs <= 0 else min((epoch + 1) / epochs, 1.0)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Losses are computed in float32 whatever precision the network runs in; float64 stays."""
+    """Convert to float32, so that losses do not depend on the networks' precision. float64 stays float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def cross_entropy(batch: Batch) -> Tensor:
-    """CE of the labels, on the student's own logits."""
+    """Compute the cross-entropy of the labels on the student's own logits."""
     return F.cross_entropy(at_least_float32(batch.student.logits), batch.target)
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    """log softmax(logits / T) of each row, [B, C]; the peak is taken off first, so that the division rounds gaps.
+    """Compute log softmax(logits / T) of each row, [B, C].
 
-    `temperature` is one number, or one for each row: [B, 1].
+    `temperature` is one number, or one for each row: [B, 1]. The largest logit is subtracted before the division,
+    which then rounds differences instead of large numbers.
     """
     logits = at_least_float32(logits)
     return F.log_softmax((logits - logits.amax(dim=1, keepdim=True).detach()) / temperature, dim=1)

@@ -1,9 +1,12 @@
 """Neuron selectivity transfer (NST): Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity
 Transfer", arXiv 1707.01219.
 
-Each channel of a stage, flattened and brought to length 1, is a sample of where that network looks. The loss of a stage
-is the squared maximum mean discrepancy of both networks' samples under the kernel k(x, y) = <x, y>^2,
-mean k(t, t') + mean k(s, s') - 2 mean k(s, t), averaged over the batch; the stages are summed.
+    k(x, y) = <x, y>^2
+    loss    = sum over stages of mean k(t, t') + mean k(s, s') - 2 mean k(s, t), averaged over the batch
+
+Notation: s and t are channels of student and teacher at one stage, flattened and scaled to length 1. Each is a sample
+of where its network looks. The loss of a stage is the squared maximum mean discrepancy of the two networks' samples
+under the kernel k.
 """
 
 import torch
@@ -14,10 +17,10 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def selectivity_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """NST of one stage, features [B, channels, height, width]; any channels and sizes.
+    """Compute NST of one stage, of features [B, channels, height, width]. Channels and sizes may differ.
 
-    The larger features are first averaged down to the resolution of the smaller. A channel that is zero throughout has
-    no direction and counts as zero.
+    The larger features are first averaged down to the resolution of the smaller. A channel of zeros has no direction
+    and counts as zero.
 
     >>> features = torch.rand(2, 3, 4, 4)
     >>> abs(selectivity_loss(features, 5 * features.flip(1)).item()) < 1e-6
@@ -43,16 +46,16 @@ class NST(Method):
         self.cross_entropy_weight = cross_entropy_weight
         self.selectivity_weight = selectivity_weight
 
-    def build(self, networks: Networks) -> None:
-        """Nothing of its own. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Allocate nothing. Raises `UserError` if a network has no stages."""
         stage_shapes(networks, "nst")
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "selectivity": self.selectivity_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, NST at every stage behind the stem."""
+        """Return cross-entropy on the student's own logits, and NST at every stage after the stem."""
         losses = [selectivity_loss(student, teacher) for student, teacher in stage_pairs(batch)]
         return {
             "cross_entropy": cross_entropy(batch),

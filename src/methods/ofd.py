@@ -1,15 +1,20 @@
 """Overhaul of feature distillation (OFD): Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019,
 arXiv 1904.01866.
 
-The teacher's features before their ReLU, t, pass a margin ReLU, max(t, m), where m of each channel is the mean of the
-teacher's negative responses in it; the student's, before their ReLU too, pass a connector r. The partial distance
-between them leaves out what both sides of a ReLU would make zero: it is the sum over channels and pixels of
-(r(s) - max(t, m))^2 except where r(s) <= max(t, m) <= 0, averaged over the batch. A stage counts half of the next.
+    m   = E[t | t < 0], for each channel
+    L_i = sum over channels and pixels of (r(s) - max(t, m))^2, except where r(s) <= max(t, m) <= 0
+    OFD = sum_i 2^(i - n + 1) L_i over n stages, i from 0
 
-m is what the paper defines it to be, E[t | t < 0], taken over all that training has seen so far: the first of the two
-ways the paper names. The authors' code and mdistiller's take the other, a Gaussian with the parameters of the batch
-norm before the ReLU, which leaves a residual block's shortcut out and which other people's networks may not have.
-Stages are paired from the first, mdistiller pairs them from the last: it differs where one network has more.
+Notation: s and t are the features of student and teacher before their ReLU. r is a connector, and max(t, m) a margin
+ReLU. L_i is the partial distance of stage i, averaged over the batch. It leaves out elements whose target is not
+positive and whose student value is not above the target.
+
+m is the mean of all negative responses that training has seen so far, as the paper defines it. The paper names two ways
+to compute m, and this is the first. The code of the authors and of mdistiller uses the second: a Gaussian with the
+parameters of the batch norm before the ReLU. The Gaussian ignores the shortcut of a residual block, and other people's
+networks may not have such a batch norm.
+
+Stages are paired from the first. mdistiller pairs them from the last, which differs if one network has more.
 """
 
 from collections.abc import Iterable
@@ -23,9 +28,10 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-    """Sum over channels and pixels of (s - T)^2 but for s <= T <= 0, T = max(t, m), averaged over the batch.
+    """Compute the sum over channels and pixels of (s - T)^2, except where s <= T <= 0, averaged over the batch.
 
-    Both [B, C, H, W], margin [C]; no gradient where nothing counts.
+    T = max(t, m) of teacher t and margin m [C]. Student and teacher are [B, C, H, W]. Positions that do not count get
+    no gradient.
 
     >>> student, teacher = torch.tensor([[-3.0], [-1.0], [2.0]]), torch.tensor([[-9.0], [-9.0], [4.0]])
     >>> partial_distance(student.view(3, 1, 1, 1), teacher.view(3, 1, 1, 1), torch.tensor([-2.0]))
@@ -38,7 +44,7 @@ def partial_distance(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor
 
 
 class Transfer(nn.Module):
-    """One stage: the student's connector, and the margin [C] of the teacher's channels, a mean that grows with use."""
+    """One stage: the student's connector, and the margin [C] of the teacher's channels, a running mean."""
 
     margin: Tensor
     count: Tensor
@@ -51,7 +57,7 @@ class Transfer(nn.Module):
 
     @torch.no_grad()
     def note(self, teacher: Tensor) -> None:
-        """Take negative responses among [B, C, H, W] into the margin; a channel that never has one keeps 0."""
+        """Include the negative responses among [B, C, H, W] in the margin. A channel without any keeps 0."""
         teacher = at_least_float32(teacher)
         negative = (teacher < 0).sum((0, 2, 3))
         self.count += negative
@@ -59,7 +65,10 @@ class Transfer(nn.Module):
         self.margin += excess / self.count.clamp(min=1)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss; the larger features are first averaged down to the resolution of the smaller."""
+        """Compute the loss of one stage.
+
+        The larger features are first averaged down to the resolution of the smaller.
+        """
         student, teacher = at_one_resolution(student, teacher)
         self.note(teacher)
         return partial_distance(self.connector(student), teacher, self.margin)
@@ -77,18 +86,18 @@ class OFD(Method):
         self.cross_entropy_weight = cross_entropy_weight
         self.distance_weight = distance_weight
 
-    def build(self, networks: Networks) -> None:
-        """A connector and margins for each stage. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Make a connector and margins for each stage. Raises `UserError` if a network has no stages."""
         self.transfers = nn.ModuleList(
             Transfer(student[0], teacher[0]) for student, teacher in stage_shapes(networks, "ofd")
         )
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "distance": self.distance_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, the distance at every stage behind the stem."""
+        """Return cross-entropy on the student's own logits, and the distance at every stage after the stem."""
         stages = zip(cast(Iterable[Transfer], self.transfers), preactivation_pairs(batch), strict=True)
         return {
             "cross_entropy": cross_entropy(batch),

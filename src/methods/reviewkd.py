@@ -1,17 +1,22 @@
 """ReviewKD: P. Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, arXiv 2104.09044.
 
-From its deepest level up, the student's features are fused with what the deeper levels gave (attention-based fusion,
-ABF), led to the teacher's size at that level, and compared with the teacher's features there (hierarchical context
-loss, HCL). Levels are the stages behind the stem, and as in the authors' code the pooled features as one more, of 1x1
-pixel, which the review starts from. Stages are paired in order, where one network has more its last ones take no part.
+    ABF   z = a_1 x + a_2 y, a = sigmoid(1x1 convolution of [x, y]), s = 3x3 convolution and batch norm of z
+    HCL   (|s - t|^2 + sum_k 2^-k |s_k - t_k|^2) / (1 + sum_k 2^-k), s_k averaged to 4x4, 2x2 and 1x1 pixels
 
-With x the student's features in the middle width (1x1 convolution, batch norm) and y what came from below, enlarged,
+Notation: x are the student's features of a level, mapped to the middle width by a 1x1 convolution and batch norm. y is
+the z of the deeper level, enlarged to the size of x. z is resized to the size of the teacher's features t before s is
+computed. |.|^2 is the mean over all elements. The sum runs only over sizes that are coarser than the level itself.
 
-    ABF: z = a_1 x + a_2 y, a = sigmoid(1x1 convolution of [x, y]);   out = 3x3 convolution and batch norm of z,
-    HCL: (|s - t|^2 + sum_k 2^-k |s_k - t_k|^2) / (1 + sum_k 2^-k), s_k averaged to 4x4, 2x2 and 1x1 pixels,
+The review goes from the deepest level up. Each level fuses the student's features with the result of the deeper levels
+(attention-based fusion, ABF). It then compares them with the teacher's features of the level (hierarchical context
+loss, HCL). The loss is the sum of HCL over the levels.
 
-|.|^2 the mean over all elements, and the sum only over what is coarser than the level itself. The teacher's features
-are those before their ReLU, and on ImageNet the student's too, as in the authors' and mdistiller's code.
+Levels are the stages after the stem, and the pooled features as one more level of 1x1 pixel. The review starts at the
+pooled features, as in the authors' code. Stages are paired in order. If one network has more stages, its last ones are
+left out.
+
+The teacher's features are taken before their ReLU. On ImageNet, the student's are too. The code of the authors and of
+mdistiller does the same.
 """
 
 from collections.abc import Iterable
@@ -26,12 +31,12 @@ from src.methods.features import averaged_to, pooled_pair, preactivation_pairs, 
 from src.methods.method import Batch, Method, Networks, at_least_float32, cross_entropy, warm_up
 
 GREATEST_WIDTH = 512
-"""Of the features that are fused: min(512, the student's pooled width), as in the authors' code."""
+"""Upper limit of the middle width, min(512, the student's pooled width), as in the authors' code."""
 CONTEXTS = (4, 2, 1)
 
 
 def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """HCL of one level, both [B, channels, height, width].
+    """Compute HCL of one level, both [B, channels, height, width].
 
     >>> context_loss(torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8))
     tensor(1.)
@@ -46,7 +51,7 @@ def context_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """ABF of one level."""
+    """ABF of one level. The deepest level has nothing to fuse with: `fuses` is False there."""
 
     def __init__(self, student_channels: int, width: int, teacher_channels: int, fuses: bool) -> None:
         super().__init__()
@@ -59,9 +64,10 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(cast(nn.Conv2d, convolution).weight, a=1)
 
     def forward(self, student: Tensor, below: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
-        """What is compared with the teacher [B, teacher_channels, *size], and what goes up [B, width, *size].
+        """Return the map that is compared with the teacher, and the map for the next level up.
 
-        `student` is [B, student_channels, height, width], `below` [B, width, ...] what came up, None at the deepest.
+        `student` is [B, student_channels, height, width]. `below` [B, width, ...] is the map from the deeper level, or
+        None at the deepest. Returns [B, teacher_channels, *size] and [B, width, *size].
         """
         fused = self.reduce(student)
         if self.attention is not None:
@@ -95,8 +101,8 @@ class ReviewKD(Method):
         self.warmup_epochs = warmup_epochs
         self.student_preactivations = student_preactivations
 
-    def build(self, networks: Networks) -> None:
-        """A fusion for each level, the pooled one last. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Make a fusion for each level, the pooled one last. Raises `UserError` if a network has no stages."""
         student, teacher = networks.student_shapes.pooled, networks.teacher_shapes.pooled
         width = min(GREATEST_WIDTH, student)
         self.fusions = nn.ModuleList(
@@ -105,19 +111,19 @@ class ReviewKD(Method):
         self.fusions.append(Fusion(student, width, teacher, fuses=False))
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """The review warms up, cross-entropy is there from the start."""
+        """Warm the review up linearly. Cross-entropy has its full weight from the start."""
         review = warm_up(epoch, self.warmup_epochs) * self.review_weight
         return {"cross_entropy": self.cross_entropy_weight, "review": review}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, the review of all levels."""
+        """Return cross-entropy on the student's own logits, and the review of all levels."""
         return {
             "cross_entropy": cross_entropy(batch),
             "review": self.review(self._levels(batch)),
         }
 
     def review(self, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The sum of all context losses of levels of features [B, channels, height, width], the deepest last."""
+        """Compute the sum of all context losses. Levels are features [B, channels, height, width], the deepest last."""
         losses, below = [], None
         fusions = cast(Iterable[Fusion], reversed(self.fusions))
         for fusion, (student, teacher) in zip(fusions, reversed(levels), strict=True):
@@ -133,5 +139,5 @@ class ReviewKD(Method):
         levels.append((ours[:, :, None, None], theirs[:, :, None, None]))
         if len(batch.target) > 1:
             return levels
-        # Batch norm refuses the pooled level of one sample: of two that are the same it makes what it would make of it.
+        # Batch norm refuses the pooled level of a single sample. Two copies of the sample have the same statistics.
         return [(torch.cat([ours, ours]), torch.cat([theirs, theirs])) for ours, theirs in levels]

@@ -1,8 +1,11 @@
 """Similarity-preserving distillation (SP): Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019,
 arXiv 1907.09682.
 
-With the features of the last stage flattened, F [B, D], the similarities of a batch are G = F F^T, each row brought to
-length 1; the loss is |G_s - G_t|^2 / B^2. The batch is what one device sees of it.
+    G    = F F^T, each row scaled to length 1
+    loss = |G_s - G_t|^2 / B^2
+
+Notation: F [B, D] are the flattened features of the last stage, G [B, B] the similarities of the samples. The B samples
+are a device's share of the batch.
 """
 
 from torch import Tensor
@@ -13,9 +16,9 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def similarities(features: Tensor) -> Tensor:
-    """G [B, B] of features [B, ...]: rows of length 1, or zero where a sample's features are.
+    """Compute G [B, B] of features [B, ...]. Rows have length 1, or are zero if a sample's features are.
 
-    Neither a rotation of the features nor their scale changes it.
+    Neither a rotation of the features nor their scale changes G.
     """
     rows = bounded(at_least_float32(features).flatten(1), (0, 1))
     with exact_products(rows):
@@ -23,11 +26,13 @@ def similarities(features: Tensor) -> Tensor:
 
 
 def similarity_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
-    """SP = |G_s - G_t|^2 / B^2 of features [B, ...] of any two shapes.
+    """Compute |G_s - G_t|^2 / B^2 of features [B, ...]. The two shapes may differ.
+
+    The student's rows in the example are (1, 0) and (0, 1), and both of the teacher's are (1, 1) / sqrt(2).
 
     >>> import torch
-    >>> similarity_loss(torch.eye(2), torch.ones(2, 3)).item()  # rows (1, 0) and (0, 1) against (1, 1) / sqrt(2)
-    0.2928932309150696
+    >>> similarity_loss(torch.eye(2), torch.ones(2, 3))
+    tensor(0.2929)
     """
     return F.mse_loss(similarities(student_features), similarities(teacher_features))
 
@@ -42,16 +47,16 @@ class SP(Method):
         self.cross_entropy_weight = cross_entropy_weight
         self.similarity_weight = similarity_weight
 
-    def build(self, networks: Networks) -> None:
-        """Nothing of its own. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Allocate nothing. Raises `UserError` if a network has no stages."""
         stage_shapes(networks, "sp")
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "similarity": self.similarity_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, SP between the last stage of each network."""
+        """Return cross-entropy on the student's own logits, and SP between the last stages of both networks."""
         return {
             "cross_entropy": cross_entropy(batch),
             "similarity": similarity_loss(batch.student.features[-1], batch.teacher.features[-1]),

@@ -1,13 +1,15 @@
 """SRRL: J. Yang et al., "Knowledge Distillation via Softmax Regression Representation Learning", ICLR 2021 (OpenReview
 ZzwDy_wiWv).
 
-A connector (1x1 convolution, batch norm, ReLU) leads the student's last feature map to the teacher's width; h_s is what
-it gives, pooled, h_t the teacher's pooled features and W the teacher's classifier, which does not change:
+    feature matching   = |h_s - h_t|^2
+    softmax regression = |W h_s - W h_t|^2
 
-    feature matching = |h_s - h_t|^2,    softmax regression = |W h_s - W h_t|^2,
+Notation: h_s is the pooled output of a connector (1x1 convolution, batch norm, ReLU) that gives the student's last
+feature map the teacher's width. h_t are the teacher's pooled features, and W is the teacher's classifier, which does
+not change.
 
-the L2 form that the paper settles on; both are means over all elements, as in the authors' code. The student that
-predicts is the bare one: connector and classifier are for training alone.
+Softmax regression has the L2 form that the paper settles on. Both losses are means over all elements, as in the
+authors' code. The bare student predicts: connector and classifier exist in training only.
 """
 
 from torch import Tensor, nn
@@ -30,16 +32,15 @@ class SRRL(Method):
         self.feature_weight = feature_weight
         self.regression_weight = regression_weight
 
-    def build(self, networks: Networks) -> None:
-        """The connector and the teacher's classifier. Raises `UserError` where a network has no last map."""
-        assert networks.teacher is not None
+    def allocate(self, networks: Networks) -> None:
+        """Make the connector and copy the teacher's classifier. Raises `UserError` if a network has no last map."""
         student, teacher = last_map_shapes(networks, "srrl")
         self.connector = nn.Sequential(connector(student[0], teacher[0]), nn.ReLU())
         self.classifier = networks.teacher_classifier()
-        self.pool = networks.teacher.network.pool
+        self.pool = networks.required_teacher.network.pool
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {
             "cross_entropy": self.cross_entropy_weight,
             "feature": self.feature_weight,
@@ -47,7 +48,7 @@ class SRRL(Method):
         }
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, both losses on its connected features."""
+        """Return cross-entropy on the student's own logits, and both losses on its connected features."""
         connected = self.pool(self.connector(last_maps(batch)[0]))
         _, teacher = pooled_pair(batch)
         return {

@@ -1,32 +1,34 @@
 """Transformed teacher matching (TTM): K. Zheng and E.-H. Yang, "Knowledge Distillation Based on Transformed Teacher
 Matching", ICLR 2024, arXiv 2402.11148.
 
-With p = softmax(u) of the student's logits u, q = softmax(v) of the teacher's logits v, both [B, C], and the power
-transform q'_i = q_i^gamma / sum_j q_j^gamma, which is softmax(v / T) with T = 1 / gamma,
+    q'_i = q_i^gamma / sum_j q_j^gamma, which is softmax(v / T) with T = 1 / gamma
+    TTM  = KL(q', p), averaged over the batch
 
-    TTM = KL(q', p), averaged over the batch: KD without a temperature on the student's side.
+Notation: p = softmax(u) of the student's logits u, q = softmax(v) of the teacher's logits v, both [B, C]. q' is the
+power transform of q. TTM is KD without a temperature on the student's side.
 
-The paper's reading of it: with p' the same transform of p and H_gamma(p) = log(sum_j p_j^gamma) / (1 - gamma) its Renyi
-entropy, KL(q', p) = T KL(q', p') - (T - 1) (H_gamma(p) - H(q')). So TTM is KD and a reward for the student's entropy.
+The paper reads it as KD plus a reward for the student's entropy:
+
+    KL(q', p) = T KL(q', p') - (T - 1) (H_gamma(p) - H(q'))
+
+p' is the same transform of p, and H_gamma(p) = log(sum_j p_j^gamma) / (1 - gamma) its Renyi entropy.
 """
 
 from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.methods.method import Batch, Method, cross_entropy, log_softmax
+from src.methods.method import Batch, DistillationLogits, LogitMethod, log_softmax
 
 
 def transformed_divergence(student_logits: Tensor, teacher_logits: Tensor, exponent: float) -> Tensor:
-    """KL(q', p) of each sample: logits [B, C] to [B]. Gradient at u_i: p_i - q'_i."""
+    """Compute KL(q', p) of each sample: logits [B, C] to [B]. Gradient at u_i: p_i - q'_i."""
     log_p, log_q = log_softmax(student_logits, 1.0), log_softmax(teacher_logits, 1 / exponent)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=1)
 
 
-class TTM(Method):
-    """cross_entropy_weight * CE + ttm_weight * TTM; `exponent` is the paper's gamma."""
-
-    distils_logits = True
+class TTM(LogitMethod):
+    """cross_entropy_weight * CE + ttm_weight * TTM. `exponent` is the paper's gamma."""
 
     def __init__(self, *, cross_entropy_weight: float, ttm_weight: float, exponent: PositiveFloat) -> None:
         super().__init__()
@@ -35,13 +37,9 @@ class TTM(Method):
         self.exponent = exponent
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "ttm": self.ttm_weight}
 
-    def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, TTM on its logits for distillation."""
-        student, teacher = batch.student.distillation_logits, batch.teacher.distillation_logits
-        return {
-            "cross_entropy": cross_entropy(batch),
-            "ttm": transformed_divergence(student, teacher, self.exponent).mean(),
-        }
+    def distillation(self, logits: DistillationLogits, batch: Batch) -> dict[str, Tensor]:
+        """Return the TTM loss."""
+        return {"ttm": transformed_divergence(logits.student, logits.teacher, self.exponent).mean()}

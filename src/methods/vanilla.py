@@ -1,4 +1,4 @@
-"""Training a network alone: the baseline of every comparison, and how teachers are made."""
+"""Train a network alone: the baseline of every comparison, and the way teachers are made."""
 
 from torch import Tensor
 
@@ -11,9 +11,9 @@ class Vanilla(Method):
     needs_teacher = False
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """One term, weight 1."""
+        """Return the weight 1 of the only term."""
         return {"cross_entropy": 1.0}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE = -log softmax(z)_t, gradient p - onehot(t)."""
+        """Return CE = -log softmax(z)_t of the student's own logits z. Gradient: p - onehot(t)."""
         return {"cross_entropy": cross_entropy(batch)}

@@ -1,9 +1,12 @@
 """Variational information distillation (VID): Ahn et al., "Variational Information Distillation for Knowledge
 Transfer", CVPR 2019, arXiv 1904.05835.
 
-A Gaussian guesses the teacher's features t from the student's s: its mean m(s) comes from three 1x1 convolutions, its
-variance of each channel is v = softplus(a) + a floor; m and a are trained. The loss of a stage is the negative
-log-likelihood ((t - m)^2 / v + log v) / 2, without its constant, averaged over all elements, summed over stages.
+    v    = softplus(a) + a floor
+    loss = sum over stages of the mean of ((t - m(s))^2 / v + log v) / 2 over all elements
+
+Notation: s and t are the features of student and teacher at one stage. A Gaussian predicts t from s. Its mean m(s)
+comes from three 1x1 convolutions, v is its variance for each channel, and m and a are trained. The loss is the negative
+log-likelihood without its constant.
 """
 
 import math
@@ -20,9 +23,10 @@ from src.methods.method import Batch, Method, Networks, at_least_float32, cross_
 
 
 def gaussian_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
-    """((target - mean)^2 / v + log v) / 2, averaged over all elements; mean, target [B, C, H, W], variance [C].
+    """Compute ((target - mean)^2 / v + log v) / 2, averaged over all elements.
 
-    It has no lower bound as v goes to 0, hence the variance's floor.
+    `mean` and `target` are [B, C, H, W], `variance` v is [C]. The loss has no lower bound as v goes to 0, hence the
+    floor of the variance.
 
     >>> gaussian_loss(torch.zeros(1, 2, 1, 1), torch.ones(2), torch.ones(1, 2, 1, 1))
     tensor(0.5000)
@@ -33,7 +37,7 @@ def gaussian_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
 
 
 class Guess(nn.Module):
-    """The Gaussian of one stage, from features [B, student_channels, H, W] to the teacher's."""
+    """The Gaussian of one stage, which predicts the teacher's features from [B, student_channels, H, W]."""
 
     def __init__(
         self, student_channels: int, teacher_channels: int, initial_variance: float, minimum_variance: float
@@ -53,11 +57,14 @@ class Guess(nn.Module):
 
     @property
     def variance(self) -> Tensor:
-        """[teacher_channels]."""
+        """The variance of each channel, [teacher_channels]."""
         return F.softplus(self.variance_logit) + self.minimum_variance
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one stage; the larger features are first averaged down to the resolution of the smaller."""
+        """Compute the loss of one stage.
+
+        The larger features are first averaged down to the resolution of the smaller.
+        """
         student, teacher = at_one_resolution(student, teacher)
         return gaussian_loss(self.mean(student), self.variance, teacher)
 
@@ -82,19 +89,19 @@ class VID(Method):
         self.initial_variance = initial_variance
         self.minimum_variance = minimum_variance
 
-    def build(self, networks: Networks) -> None:
-        """A Gaussian for each stage. Raises `UserError` where a network has no stages."""
+    def allocate(self, networks: Networks) -> None:
+        """Make a Gaussian for each stage. Raises `UserError` if a network has no stages."""
         self.guesses = nn.ModuleList(
             Guess(student[0], teacher[0], self.initial_variance, self.minimum_variance)
             for student, teacher in stage_shapes(networks, "vid")
         )
 
     def weights(self, epoch: int) -> dict[str, float]:
-        """Constant weights."""
+        """Return constant weights."""
         return {"cross_entropy": self.cross_entropy_weight, "information": self.information_weight}
 
     def terms(self, batch: Batch) -> dict[str, Tensor]:
-        """CE on the student's own logits, information at every stage behind the stem."""
+        """Return cross-entropy on the student's own logits, and information at every stage after the stem."""
         stages = zip(cast(Iterable[Guess], self.guesses), stage_pairs(batch), strict=True)
         return {
             "cross_entropy": cross_entropy(batch),

@@ -1,8 +1,14 @@
-"""Checkpoints of the formats in use, read without executing anything, and ours.
+"""Reading and writing of checkpoints. Reading never executes code from the file.
 
-Read unchanged: RepDistiller and mdistiller (`model` beside epoch, accuracy, optimizer, options; with `module.` or with
-`module.student.` beside `module.teacher.`), DataParallel (`state_dict` with `module.`), torch.compile (`_orig_mod.`),
-Lightning (`state_dict` with `student.`), bare state dicts, and ours (`model` beside facts).
+The checkpoints of these tools load unchanged:
+
+- RepDistiller and mdistiller: the weights are in `model`, beside epoch, accuracy, optimizer and options. Names may
+  start with `module.`, or with `module.student.` and `module.teacher.`.
+- DataParallel: the weights are in `state_dict`, and names start with `module.`.
+- torch.compile: names start with `_orig_mod.`.
+- Lightning: the weights are in `state_dict`, and names start with `student.`.
+- Bare state dicts.
+- This project: the weights are in `model`, beside facts about the network.
 """
 
 import contextlib
@@ -20,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
-from src.files import believable_members, written_whole
+from src.common.errors import UserError
+from src.common.files import atomic_write, list_members
 from src.models.network import Network
 
 
 class _Ignored:
-    """Stands in for what published checkpoints hold beside their weights: nothing of the real types is built."""
+    """Placeholder for an object that a published checkpoint holds beside its weights. The real one is never built."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -37,33 +43,37 @@ IGNORED: list[Any] = [
     (_Ignored, name)
     for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 ]
+"""Types that `_Ignored` replaces, in the form that `torch.serialization.safe_globals` takes."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that a wrapper puts before every name of a state dict."""
 PROGRAM_MEMBERS = ("constants.pkl", "archive_format", "serialized_exported_program.json")
 """Members of a zip archive that only TorchScript or torch.export write."""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The student's, or only, network in a checkpoint: names without prefixes to tensors on the CPU.
+    """Read the weights of a checkpoint: tensors on the CPU, by name, without the prefixes of wrappers.
 
-    Raises `UserError` where the file is missing, damaged, a program, asks for code, or holds no tensors.
+    If a checkpoint holds a student among other modules, only the student is returned. Raises `UserError` if the file
+    is missing or damaged, is a program, could execute code, or holds no weights.
     """
     content = read_file(path, ignored=IGNORED)
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     named = content if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in named.items() if isinstance(name, str) and _is_plain(value)}
+    tensors = {name: value for name, value in named.items() if isinstance(name, str) and _is_weight(value)}
     if not tensors:
         found = f"a dict of {', '.join(map(repr, list(named)[:5]))}" if named else f"a {type(content).__name__}"
-        raise UserError(f"{path} holds {found} but no weights by name: give a file that holds a state dict.")
+        raise UserError(f"{path} holds {found} but no weights: give a file that holds a state dict.")
     return _without_prefixes(tensors)
 
 
 def read_facts(path: Path) -> dict[str, list[Any]]:
-    """What our files say beside their weights of how a network is fed: `class_names`, `mean`, `std`, where it is there.
+    """Read the facts that this project's checkpoints hold beside the weights: `class_names`, `mean` and `std`.
 
-    Raises `UserError` for each reason of `read_state_dict`.
+    Missing and malformed facts are left out. Raises `UserError` if the file is missing or damaged, is a program, or
+    could execute code.
     """
     content = read_file(path, ignored=IGNORED)
     found = content if isinstance(content, dict) and isinstance(content.get("model"), dict) else {}
@@ -76,48 +86,59 @@ def read_facts(path: Path) -> dict[str, list[Any]]:
     return facts
 
 
-def read_file(path: Path, hint: str = "get it again", ignored: Sequence[Any] = ()) -> Any:
-    """What torch.save wrote, on the CPU: tensors, plain types, and `_Ignored` for what is `ignored`.
+def read_file(path: Path, hint: str = "get the file again", ignored: Sequence[Any] = ()) -> Any:
+    """Read a file that torch.save wrote: tensors on the CPU, and plain types.
 
-    Raises `UserError` where the file is missing, damaged (with a `hint`), a program, or asks for code.
+    `ignored` lists further types that may occur, with their replacements (see `IGNORED`). Raises `UserError` if the
+    file is missing or damaged, is a program, or could execute code. `hint` is the advice for a damaged file.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the checkpoint file in it.")
+        raise UserError(f"{path} is a folder: give the path of a checkpoint file in it.")
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the path of a checkpoint.")
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
         with torch.serialization.safe_globals(list(ignored)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what follows from them is said below
+            warnings.simplefilter("ignore")  # torch warns of old pickle protocols; errors are reported below
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except PermissionError as error:
-        raise UserError(f"{path} may not be read: give yourself the permission.") from error
-    except Exception as error:  # a damaged file fails in every way that readers of zip and pickle can
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        asked = wanted[1] if wanted else _called_by_pickle(path)
-        if asked:
-            hint = "give a file that holds a state dict alone"
-            raise UserError(f"{path} asks for {asked}, which could execute code, refused: {hint}.") from error
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): {hint}.") from error
+        raise UserError(f"{path} cannot be read, because you lack the permission: change its permissions.") from error
+    except Exception as error:  # a damaged file can raise any exception of the zip and pickle readers
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        imported = refused[1] if refused else _first_import(path)
+        if imported:
+            raise UserError(
+                f"{path} asks for {imported}, which could execute code, and is refused: give a file that holds only a "
+                "state dict."
+            ) from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}.") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Raises `UserError` for a program or a bomb, `BadZipFile` for a wrong checksum, which torch does not look at."""
-    members = believable_members(path)
+    """Raise `UserError` for a program or a zip bomb, and `BadZipFile` for a wrong checksum.
+
+    torch does not verify the checksums itself.
+    """
+    members = list_members(path)
     if any(member.filename.rsplit("/", 1)[-1] in PROGRAM_MEMBERS for member in members):
-        raise UserError(f"{path} is a program (TorchScript or torch.export), refused: give a file of weights only.")
+        raise UserError(
+            f"{path} is a program (TorchScript or torch.export), not weights: give a file that holds only a state dict."
+        )
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile
 
 
-def _called_by_pickle(path: Path) -> str | None:
-    """The first thing that a plain pickle, such as torch.save never wrote, would import; None if there is none."""
+def _first_import(path: Path) -> str | None:
+    """Find the first object that a plain pickle would import. A plain pickle is one that torch.save did not write.
+
+    Returns None if the file imports nothing or is not a pickle.
+    """
     strings: list[str] = []
-    with path.open("rb") as file, contextlib.suppress(Exception):  # it ends, or is no pickle at all
+    with path.open("rb") as file, contextlib.suppress(Exception):  # truncated, or not a pickle
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name in ("GLOBAL", "INST"):
                 return str(argument).replace(" ", ".")
@@ -128,15 +149,15 @@ def _called_by_pickle(path: Path) -> str | None:
     return None
 
 
-def _is_plain(value: object) -> bool:
-    """Whether this is a tensor such as weights are; a file can rebuild sparse, quantised and nested ones too."""
+def _is_weight(value: object) -> bool:
+    """Return whether `value` is a dense tensor of a usual dtype. Files can hold sparse, quantised or nested ones."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_nested:
         return False
     return value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Strip what wrappers put before names; where a student stands among others, keep the student alone."""
+    """Remove the prefixes of wrappers from all names. If some names start with `student.`, keep only those."""
     while True:
         prefix = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
         if prefix is None and any(name.startswith("student.") for name in tensors):
@@ -147,10 +168,10 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(network: Network, path: Path) -> None:
-    """Put a checkpoint's weights into a network, all of them and no others; they take the network's dtype.
+    """Load the weights of a checkpoint into a network. Names must match exactly. Dtypes become the network's.
 
-    Raises `UserError` where class counts, names or shapes differ, where a weight is not finite, and for each reason of
-    `read_state_dict`. The network is unchanged then.
+    Raises `UserError` if the number of classes, a name or a shape differs, if a weight is not finite, or if
+    `read_state_dict` raises it. The network is then unchanged.
     """
     tensors = read_state_dict(path)
     expected = network.state_dict()
@@ -158,12 +179,14 @@ def load_weights(network: Network, path: Path) -> None:
     classes, inputs = expected[head].shape
     found = list(tensors[head].shape) if head in tensors else []
     if found[1:] == [inputs] and found[0] != classes:
-        counts = f"{found[0]} classes and the network has {classes}"
-        raise UserError(f"{path} was trained on {counts}: give a checkpoint of a network for the same classes.")
-    wrong = _differences(expected, tensors)
-    if wrong:
-        count = f"{len(wrong)} names or shapes differ, the first: {wrong[0]}"
-        raise UserError(f"{path} does not hold {_describe(network)} ({count}): choose the architecture of the file.")
+        raise UserError(
+            f"{path} was trained on {found[0]} classes, but the network has {classes}: give a checkpoint of a network "
+            "with the same classes."
+        )
+    differences = _differences(expected, tensors)
+    if differences:
+        summary = f"{len(differences)} names or shapes differ, the first: {differences[0]}"
+        raise UserError(f"{path} does not hold {_describe(network)} ({summary}): choose the architecture of the file.")
     tensors = {name: value.to(expected[name].dtype) for name, value in tensors.items()}
     bad = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
@@ -172,9 +195,10 @@ def load_weights(network: Network, path: Path) -> None:
 
 
 def _differences(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    """A phrase for each name that does not fit, in the network's order."""
-    wrong = []  # without batch norm's counters, which files of 2019 lack and load_state_dict fills in
+    """Describe each name that is missing, unknown or has another shape, in the network's order."""
+    wrong = []
     for name, value in expected.items():
+        # Files of 2019 lack the counters of batch norm. load_state_dict fills them in.
         if name not in tensors and not name.endswith("num_batches_tracked"):
             wrong.append(f"{name} is missing")
         elif name in tensors and tensors[name].shape != value.shape:
@@ -188,27 +212,37 @@ def _describe(network: nn.Module) -> str:
 
 
 def save_weights(network: nn.Module, path: Path, /, **facts: Any) -> None:
-    """Write `{"model": state dict, **facts}` as a whole or not at all.
+    """Write `{"model": state dict, **facts}` atomically.
 
-    Facts are plain types (numbers, strings, lists and dicts of them), so that `torch.load(weights_only=True)` reads it.
+    Facts are plain types (numbers, strings, and lists and dicts of them), so that `torch.load(weights_only=True)` reads
+    the file.
     """
     state = {
         name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()
     }
-    content = serialized({"model": state, **facts})
-    with written_whole(path) as partial:
+    content = serialize({"model": state, **facts})
+    with atomic_write(path) as partial:
         partial.write_bytes(content)
 
 
-def serialized(content: Any) -> memoryview:
-    """What torch.save writes: where it writes to a disk itself, it does not say that the disk is full."""
+def serialize(content: Any) -> memoryview:
+    """Return the bytes that torch.save would write.
+
+    Write these bytes instead of calling torch.save with a path, because torch.save does not report a full disk.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
 
 
 def weights_digest(network: nn.Module) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of a state dict, whatever its container, device or memory format."""
+    """Compute the SHA-256 of the names, dtypes, shapes and bytes of a network's state dict.
+
+    The digest does not depend on device, memory format or the order of names.
+
+    >>> weights_digest(nn.ReLU()) == hashlib.sha256().hexdigest()
+    True
+    """
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,8 +1,7 @@
 """Residual networks of four stages, with a stem for images of 32 x 32 pixels: K. He et al., arXiv 1512.03385, table 1.
 
-Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller, whose
-checkpoints load unchanged. The stem is a 3x3 convolution without pooling; a bottleneck's stride is in its 3x3
-convolution.
+Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller. Their checkpoints
+load unchanged. The stem is a 3x3 convolution without pooling. The stride of a bottleneck is in its 3x3 convolution.
 """
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from src.models.network import Network, Output
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; a 1x1 convolution on the shortcut where the size changes."""
+    """Two 3x3 convolutions and a shortcut. If the size changes, the shortcut is a 1x1 convolution."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -23,13 +22,16 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         branch = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(branch)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the inner ones of a quarter of the channels; shortcut as a basic block's."""
+    """A 1x1, a 3x3 and a 1x1 convolution, and the shortcut of a basic block.
+
+    The first two convolutions have a quarter of the channels.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         branch = F.relu(self.bn1(self.conv1(x)))
         branch = F.relu(self.bn2(self.conv2(branch)))
         return F.relu(self.bn3(self.conv3(branch)) + self.shortcut(x))
@@ -52,8 +54,10 @@ class Bottleneck(nn.Module):
 class DeepResNet(Network):
     """A stem, four stages at 32, 16, 8 and 4 pixels, global average pooling, a linear layer.
 
-    Features: the stem's and the four stages' outputs.
+    The features are the outputs of the stem and of the four stages.
     """
+
+    classifier_name = "linear"
 
     def __init__(
         self,
@@ -74,13 +78,8 @@ class DeepResNet(Network):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`linear`."""
-        return self.linear
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the stem and the four stages, pooled features."""
+        """Compute logits, features of the stem and the four stages, and pooled features."""
         f0 = F.relu(self.bn1(self.conv1(images)))
         f1 = self.layer1(f0)
         f2 = self.layer2(f1)
@@ -108,15 +107,15 @@ WIDE = (256, 512, 1024, 2048)
 
 
 def ResNet18(num_classes: int = 100) -> DeepResNet:  # noqa: N802 (as published)
-    """11,220,132 parameters for 100 classes."""
+    """Make a ResNet18: 11,220,132 parameters for 100 classes."""
     return DeepResNet(BasicBlock, (2, 2, 2, 2), NARROW, num_classes)
 
 
 def ResNet34(num_classes: int = 100) -> DeepResNet:  # noqa: N802 (as published)
-    """21,328,292 parameters for 100 classes."""
+    """Make a ResNet34: 21,328,292 parameters for 100 classes."""
     return DeepResNet(BasicBlock, (3, 4, 6, 3), NARROW, num_classes)
 
 
 def ResNet50(num_classes: int = 100) -> DeepResNet:  # noqa: N802 (as published)
-    """23,705,252 parameters for 100 classes."""
+    """Make a ResNet50: 23,705,252 parameters for 100 classes."""
     return DeepResNet(Bottleneck, (3, 4, 6, 3), WIDE, num_classes)

@@ -1,4 +1,4 @@
-"""Batch norms of a network that only answers, folded into the convolutions before them."""
+"""Folding of batch norms into the convolutions before them, for a network that is only evaluated."""
 
 import copy
 from typing import Any
@@ -7,24 +7,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.models.network import Network
 
 TOLERANCE = 1e-9
-"""Of a folded network in float64, over the largest of what it says."""
+"""Maximum error of a folded network in float64, relative to the largest value of each output."""
 
 
 @torch.no_grad()
 def fold_batch_norms(network: Network, image_shape: tuple[int, int, int]) -> int:
-    """Fold each batch norm that reads nothing but a convolution's output into that convolution; how many.
+    """Fold each batch norm that reads the output of a convolution into that convolution. Returns their number.
 
-    Which ones do is seen while the network looks at noise of shape [3, H, W]; convolutions whose output is one of the
-    features stay. That nothing else reads those outputs is proven by what the folded network says in float64. Raises
-    `UserError` where that differs.
+    A forward pass on noise of shape [3, H, W] shows which batch norm reads which convolution. A convolution is not
+    folded if its output is one of the features. Nothing else may read the output of a folded convolution. A copy in
+    float64 is folded to check this. Raises `UserError` if its logits or features change.
+
+    >>> from src.models.resnet import resnet8
+    >>> fold_batch_norms(resnet8(num_classes=10).eval(), (3, 32, 32))
+    9
     """
     parameter = next(network.parameters())
     image = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
-    pairs = _pairs(network, image)
+    pairs = _find_pairs(network, image)
     exact = copy.deepcopy(network).double()
     expected = exact.forward_features(image.double())
     for changed in (exact, network):
@@ -33,15 +37,21 @@ def fold_batch_norms(network: Network, image_shape: tuple[int, int, int]) -> int
             fused: nn.Module = fuse_conv_bn_eval(*before)
             changed.set_submodule(convolution, fused.requires_grad_(False))
             changed.set_submodule(norm, nn.Identity())
-    said = exact.forward_features(image.double())
-    for one, other in zip((said.logits, *said.features), (expected.logits, *expected.features), strict=True):
+    found = exact.forward_features(image.double())
+    for one, other in zip((found.logits, *found.features), (expected.logits, *expected.features), strict=True):
         if not (one - other).abs().max() <= TOLERANCE * other.abs().max():
-            raise UserError("teacher.fold=true does not fit this network: set it to false.")
+            raise UserError(
+                "teacher.fold=true does not fit this network, because more than one layer reads the output of a "
+                "convolution: set it to false."
+            )
     return len(pairs)
 
 
-def _pairs(network: Network, image: Tensor) -> dict[str, str]:
-    """The batch norm that reads the output of a convolution, by name, of modules that are used once."""
+def _find_pairs(network: Network, image: Tensor) -> dict[str, str]:
+    """Map the name of each convolution to the name of the batch norm that reads its output.
+
+    Modules that run more than once are left out.
+    """
     outputs: dict[str, list[Tensor]] = {}
     inputs: dict[str, list[Tensor]] = {}
 

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from src.models.network import Network, Output
 
 STAGE_ENDS = (1, 3, 5, 11, 13)
-"""The last block of each resolution: 112, 56, 28, 14 and 7 pixels of 224."""
+"""Index of the last block of each resolution: 112, 56, 28, 14 and 7 pixels for images of 224."""
 
 
 class MobileNetV1(Network):
     """A stem, thirteen depthwise separable convolutions, global average pooling, a linear layer.
 
-    Features: the last output of each resolution, of 64, 128, 256, 512 and 1024 channels; mdistiller has all but the
-    first.
+    The features are the last output of each resolution, with 64, 128, 256, 512 and 1024 channels. The features of
+    mdistiller are the same without the first.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -34,13 +34,8 @@ class MobileNetV1(Network):
         )
         self.fc = nn.Linear(1024, num_classes)
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`fc`."""
-        return self.fc
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of each resolution, pooled features."""
+        """Compute logits, features of each resolution, and pooled features."""
         features = []
         x = images
         for index, block in enumerate(self.model):
@@ -52,7 +47,7 @@ class MobileNetV1(Network):
 
 
 def _separable(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    """A convolution of each channel alone, then one across channels."""
+    """Make a depthwise separable convolution: a 3x3 depthwise convolution, then a 1x1 convolution."""
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False),
         nn.BatchNorm2d(in_channels),
@@ -64,5 +59,5 @@ def _separable(in_channels: int, channels: int, stride: int) -> nn.Sequential:
 
 
 def mobilenet_v1(num_classes: int = 1000) -> MobileNetV1:
-    """4,231,976 parameters for 1000 classes."""
+    """Make a mobilenet_v1: 4,231,976 parameters for 1000 classes."""
     return MobileNetV1(num_classes)

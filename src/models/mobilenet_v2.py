@@ -1,22 +1,23 @@
 """MobileNetV2 of half width for images of 32 x 32 pixels: M. Sandler et al., arXiv 1801.04381, table 2.
 
 Parameter count, names in the state dict, feature points and initialisation are those of `mobile_half` in RepDistiller
-and mdistiller, whose checkpoints load unchanged. It differs from the paper: strides fit 32 pixels, the first block has
-an expanding convolution too, and ReLU has no upper bound.
+and mdistiller. Their checkpoints load unchanged. The network differs from the paper in three points: strides fit 32
+pixels, the first block has an expanding convolution too, and ReLU has no upper bound.
 """
-
-from typing import cast
 
 from torch import Tensor, nn
 
 from src.models.network import Network, Output
 
 STAGES = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
-"""Expansion, channels (half the paper's), blocks and first stride of each stage."""
+"""Expansion factor, channels (half the paper's), number of blocks and first stride of each stage."""
 
 
 class InvertedResidual(nn.Module):
-    """Expand by a 1x1 convolution, filter depthwise by 3x3, project by 1x1 without ReLU; add the input if it fits."""
+    """A 1x1 convolution that expands, a 3x3 depthwise convolution, and a 1x1 convolution that projects, without ReLU.
+
+    If the sizes agree, the input is added to the output.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -34,15 +35,18 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
-        return x + self.conv(x) if self.is_residual else self.conv(x)
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        out: Tensor = self.conv(x)
+        return x + out if self.is_residual else out
 
 
 class InvertedResidualNetwork(Network):
     """A stem that halves the image, seven stages, a 1x1 convolution, global average pooling, a linear layer.
 
-    Features: the stem's output and those of the stages 1, 2, 4 and 6 (from 0), which are linear.
+    The features are the outputs of the stem and of stages 1, 2, 4 and 6, counted from 0. No ReLU follows a stage.
     """
+
+    classifier_name = "classifier.0"
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -62,13 +66,8 @@ class InvertedResidualNetwork(Network):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`classifier.0`."""
-        return cast(nn.Linear, self.classifier[0])
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the stem and four stages, pooled features."""
+        """Compute logits, features of the stem and four stages, and pooled features."""
         x = stem = self.conv1(images)
         stages = []
         for stage in self.blocks:
@@ -81,5 +80,5 @@ class InvertedResidualNetwork(Network):
 
 
 def MobileNetV2(num_classes: int = 100) -> InvertedResidualNetwork:  # noqa: N802 (as published)
-    """812,836 parameters for 100 classes."""
+    """Make a MobileNetV2: 812,836 parameters for 100 classes."""
     return InvertedResidualNetwork(num_classes)

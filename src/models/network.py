@@ -1,53 +1,64 @@
-"""What every network of this project can be asked for."""
+"""The interface of every network: logits, features of its stages, and its classifier layer."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from src.common.errors import UserError
+
 
 class Output(NamedTuple):
-    """All that a network says about a batch of B images."""
+    """Outputs of a network for a batch of B images."""
 
     logits: Tensor
     """[B, C], before softmax."""
     features: tuple[Tensor, ...]
-    """The stem's output and each stage's, each [B, channels, height, width]."""
+    """The output of the stem and of each stage, each [B, channels, height, width]."""
     pooled: Tensor
     """[B, D], the input of the classifier."""
     preactivations: tuple[Tensor, ...] = ()
-    """The features before their ReLU; empty unless asked for, by `preactivations.forward_features`."""
+    """The features before their ReLU. Empty unless requested from `preactivations.forward_features`."""
     unpooled: Tensor | None = None
-    """[B, D, height, width], the map that `Network.pool` makes `pooled` of; None where no map has that width."""
+    """[B, D, height, width], the map that `Network.pool` reduces to `pooled`. None if no map has D channels."""
 
 
 class Network(nn.Module):
-    """An image classifier: `network(images)` is its logits, `forward_features` tells the features as well.
+    """An image classifier for normalised float images [B, 3, H, W].
 
-    Images are normalised float tensors [B, 3, H, W].
+    Calling the network returns logits. `forward_features` returns logits and features.
     """
 
+    classifier_name = "fc"
+    """The name of the last layer, as in the state dict. Families with another name override it."""
+
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, stage features and pooled features of a batch, from one pass."""
+        """Compute logits, stage features and pooled features in one forward pass."""
         raise NotImplementedError
 
     @staticmethod
     def pool(unpooled: Tensor) -> Tensor:
-        """From the last map [B, D, height, width] to the classifier's input [B, D]: the mean over all pixels."""
+        """Average the last map [B, D, height, width] over its pixels to the classifier's input [B, D]."""
         return unpooled.mean((2, 3))
 
     @property
     def classifier_layer(self) -> nn.Linear:
-        """The last layer, from the pooled features to the logits (its name in a checkpoint differs by family)."""
-        raise NotImplementedError
+        """The last layer, from pooled features to logits. Raises `UserError` if `classifier_name` names no layer."""
+        try:
+            return cast(nn.Linear, self.get_submodule(self.classifier_name))
+        except AttributeError as error:  # nn.Module would report that there is no attribute `classifier_layer`
+            raise UserError(
+                f"{type(self).__name__} has no layer {self.classifier_name!r}: set its class attribute classifier_name "
+                "to the name of its last layer."
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of normalised images [B, 3, H, W]."""
+        """Compute logits [B, C] of normalised images [B, 3, H, W]."""
         return self.forward_features(images).logits
 
 
 class Shapes(NamedTuple):
-    """Sizes of what a network says, without the batch: asked of the network, never written in a config."""
+    """Sizes of a network's output, without the batch dimension."""
 
     logits: int
     features: tuple[tuple[int, ...], ...]
@@ -55,8 +66,13 @@ class Shapes(NamedTuple):
 
 
 @torch.no_grad()
-def shapes(network: Network, image_shape: tuple[int, int, int]) -> Shapes:
-    """Ask a network for its sizes by showing it one blank image of shape [3, H, W]; no state of the network changes."""
+def measure_shapes(network: Network, image_shape: tuple[int, int, int]) -> Shapes:
+    """Measure the sizes of a network's output on one blank image of shape [3, H, W]. The network's state is unchanged.
+
+    >>> from src.models.resnet import resnet20
+    >>> measure_shapes(resnet20(num_classes=10), (3, 32, 32))
+    Shapes(logits=10, features=((16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)), pooled=64)
+    """
     training = network.training
     parameter = next(network.parameters())
     output = network.eval().forward_features(

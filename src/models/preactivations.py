@@ -1,6 +1,6 @@
-"""Features before their ReLU, of any network: what its ReLUs were given is noted while it runs.
+"""Features before their ReLU, for any network: the inputs of its ReLUs are recorded during the forward pass.
 
-The networks' code stays as it is, and only who asks pays for it.
+The code of the networks needs no change. There is no cost unless preactivations are requested.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,27 +15,29 @@ from src.models.network import Network, Output
 
 
 def forward_features(network: Network, images: Tensor, preactivations: bool) -> Output:
-    """`network.forward_features`, and where asked beside each of the features the tensor that its ReLU was given.
+    """Call `network.forward_features`. With `preactivations`, add the tensor before the ReLU of each of the features.
 
-    Where the features are a ReLU's output, that is its input (ResNets, VGG, SlimNet, MobileNetV1, ShuffleNetV1); where
-    they are sums that batch norm and ReLU read next, the batch norm's output (wide ResNets), as in RepDistiller and
-    mdistiller, without running it twice. Features that are linear (MobileNetV2) are their own, and so are those that
-    only parts of went through a ReLU of their own (ShuffleNetV2, shuffled) or that no ReLU made.
+    - If the features are the output of a ReLU, this is the ReLU's input (ResNets, VGG, SlimNet, MobileNetV1,
+      ShuffleNetV1).
+    - If the features are a sum that batch norm and ReLU read next, this is the output of that batch norm (wide
+      ResNets). RepDistiller and mdistiller use the same tensor. The batch norm does not run a second time.
+    - Otherwise it is the features themselves: no ReLU follows (MobileNetV2), or only parts of them went through a ReLU
+      before a shuffle (ShuffleNetV2).
     """
     if not preactivations:
         return network.forward_features(images)
-    notes = _Notes()
-    with notes:
-        said = network.forward_features(images)
-    return said._replace(preactivations=tuple(notes.preactivation(features) for features in said.features))
+    recorder = _Recorder()
+    with recorder:
+        output = network.forward_features(images)
+    return output._replace(preactivations=tuple(recorder.preactivation(features) for features in output.features))
 
 
-class _Notes(TorchFunctionMode):
-    """While it is on, each ReLU's input by its output, and each batch norm's output by its input."""
+class _Recorder(TorchFunctionMode):
+    """Records the input of each ReLU by its output, and the output of each batch norm by its input."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Weak: what the network itself lets go is not kept.
+        # The keys are weak, so tensors that the network releases are not kept alive.
         self.before_relu = WeakTensorKeyDictionary()
         self.after_norm = WeakTensorKeyDictionary()
 
@@ -43,7 +45,7 @@ class _Notes(TorchFunctionMode):
         self, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function is F.relu:
-            output = F.relu(args[0])  # in place it would overwrite what is to be noted
+            output = F.relu(args[0])  # never in place, which would overwrite the recorded input
             self.before_relu[output] = args[0]
             return output
         output = function(*args, **(kwargs or {}))
@@ -53,5 +55,7 @@ class _Notes(TorchFunctionMode):
 
     def preactivation(self, features: Tensor) -> Tensor:
         if features in self.before_relu:
-            return self.before_relu[features]
-        return self.after_norm.get(features, features)
+            before: Tensor = self.before_relu[features]
+            return before
+        after: Tensor = self.after_norm.get(features, features)
+        return after

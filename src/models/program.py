@@ -1,4 +1,4 @@
-"""Classifiers that come with their own code: TorchScript and torch.export files."""
+"""Classifiers whose file contains their code: TorchScript and torch.export programs."""
 
 import hashlib
 import io
@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.models.network import Network, Output
 
 
 class Program(Network):
-    """A loaded program as a network that only answers: it cannot be trained, has no features and no classifier layer.
+    """A loaded program, as a network that can only be evaluated.
 
-    The digest of its file stands among its buffers, for `weights_digest`: a frozen program names no weights.
+    It cannot be trained, and has neither features nor a classifier layer. The digest of its file is one of its buffers,
+    and thereby part of its `weights_digest`, because a frozen program does not list its weights.
     """
 
     file_digest: Tensor
@@ -25,45 +26,51 @@ class Program(Network):
         super().__init__()
         self.program = program
         self.register_buffer("file_digest", torch.frombuffer(bytearray(digest), dtype=torch.uint8))
-        self.place = nn.Parameter(torch.empty(0))  # every network can be asked for its device and dtype
+        self.place = nn.Parameter(torch.empty(0))  # callers read a network's device and dtype from a parameter
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Program":
-        """Nothing changes inside the program."""
+        """Set the mode of this module. The program itself does not change."""
         self.training = mode
         return self
 
     @property
     def classifier_layer(self) -> nn.Linear:
-        """Raises `UserError`."""
+        """Raise `UserError`: a program has no classifier layer."""
         raise UserError(
-            "A program (TorchScript or torch.export) has no classifier to ask for: give a network's weights."
+            "A program (TorchScript or torch.export) has no classifier layer: give the weights of a network instead."
         )
 
     def forward_features(self, images: Tensor) -> Output:
-        """Logits; no features; pooled features [B, 0]."""
+        """Compute logits. There are no features, and the pooled features have shape [B, 0]."""
         return Output(self(images), (), images.new_empty(len(images), 0))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits. Raises `UserError` where the program was exported for another shape or answers something else."""
+        """Compute logits [B, C] of normalised images [B, 3, H, W].
+
+        Raises `UserError` if the program was exported for another shape, or if it returns anything but logits.
+        """
         shape = list(images.shape)
         try:
             logits = self.program(images)
         except AssertionError as error:  # a guard of torch.export
-            raise UserError(f"The program does not take {shape} ({error}): export it for that, any batch.") from error
+            raise UserError(
+                f"The program does not accept images of shape {shape} ({error}): export it for this image size and any "
+                "batch size."
+            ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-            raise UserError(f"The program does not answer {shape} by logits [B, C]: give a classifier.")
+            raise UserError(f"The program returns no logits [B, C] for images of shape {shape}: give a classifier.")
         return logits
 
 
 def load_program(path: Path) -> Program:
-    """A TorchScript or torch.export classifier, frozen, on the CPU.
+    """Load a TorchScript or torch.export classifier, frozen, on the CPU.
 
-    Loading executes code from the file: call this only where the user has said that the file is trusted. Raises
-    `UserError` where the file is missing, damaged or no program.
+    Loading executes code from the file, so call this only if the user has declared the file trusted. Raises `UserError`
+    if the file is missing, damaged or not a program.
     """
     if not path.is_file():
-        raise UserError(f"{path} is no file: give a TorchScript or torch.export file.")
+        raise UserError(f"{path} is not a file: give a TorchScript or torch.export file.")
     try:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -73,9 +80,9 @@ def load_program(path: Path) -> Program:
         elif "constants.pkl" in members:
             program = torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
         else:
-            raise UserError(f"{path} is no program: leave teacher.allow_program out to read it as weights.")
+            raise UserError(f"{path} is not a program: set teacher.allow_program=false to read it as weights.")
     except UserError:
         raise
-    except Exception as error:  # a damaged file fails in every way that readers of zip, JSON and code can
-        raise UserError(f"{path} is damaged or no program ({type(error).__name__}): get it again.") from error
+    except Exception as error:  # a damaged file can raise any exception of the zip, JSON and code readers
+        raise UserError(f"{path} is damaged or not a program ({type(error).__name__}): get the file again.") from error
     return Program(program, hashlib.sha256(content).digest())

@@ -1,11 +1,11 @@
 """Residual networks for images of 32 x 32 pixels: K. He et al., arXiv 1512.03385, section 4.2.
 
-Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller, whose
-checkpoints load unchanged; their shortcuts are the paper's option B. Networks named `option_a` have its option A, the
-paper's choice for CIFAR-10, and the names of Y. Idelbayev's implementation, whose checkpoints load unchanged.
-"""
+Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller. Their checkpoints
+load unchanged. Their shortcuts are the paper's option B.
 
-from typing import cast
+Networks named `option_a` have option A, the paper's choice for CIFAR-10. Their names in the state dict are those of
+Y. Idelbayev's implementation, whose checkpoints load unchanged.
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,9 +14,13 @@ from src.models.network import Network, Output
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of section 3.3, without parameters: every stride-th pixel, and zeros for the channels to come.
+    """Option A of section 3.3, a shortcut without parameters: every stride-th pixel, padded with zero channels.
 
-    As many zero channels before as after.
+    Half of the zero channels come before the others, half after them.
+
+    >>> import torch
+    >>> PaddedShortcut(in_channels=1, channels=3, stride=2)(torch.ones(1, 1, 2, 2)).flatten()
+    tensor([0., 1., 0.])
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -25,12 +29,12 @@ class PaddedShortcut(nn.Module):
         self.padding = (channels - in_channels) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; where the size changes, a 1x1 convolution on the shortcut, or option A there."""
+    """Two 3x3 convolutions and a shortcut. If the size changes, the shortcut is a 1x1 convolution or option A."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, option_a: bool = False) -> None:
         super().__init__()
@@ -47,7 +51,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(x)) + shortcut)
@@ -56,7 +60,7 @@ class BasicBlock(nn.Module):
 class CifarResNet(Network):
     """A stem, three stages of `blocks` basic blocks at 32, 16 and 8 pixels, global average pooling, a linear layer.
 
-    Depth is 6 blocks + 2. Features: the stem's and the three stages' outputs.
+    The depth is 6 * blocks + 2. The features are the outputs of the stem and of the three stages.
     """
 
     def __init__(
@@ -69,19 +73,14 @@ class CifarResNet(Network):
         self.layer1 = _stage(stem, first, blocks, 1, option_a)
         self.layer2 = _stage(first, second, blocks, 2, option_a)
         self.layer3 = _stage(second, third, blocks, 2, option_a)
-        self.head_name = "linear" if option_a else "fc"
-        self.add_module(self.head_name, nn.Linear(third, num_classes))
+        self.classifier_name = "linear" if option_a else "fc"
+        self.add_module(self.classifier_name, nn.Linear(third, num_classes))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`fc`, or `linear` in networks of option A."""
-        return cast(nn.Linear, self.get_submodule(self.head_name))
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the stem and the three stages, pooled features."""
+        """Compute logits, features of the stem and the three stages, and pooled features."""
         f0 = F.relu(self.bn1(self.conv1(images)))
         f1 = self.layer1(f0)
         f2 = self.layer2(f1)
@@ -100,70 +99,70 @@ WIDE = (32, 64, 128, 256)
 
 
 def resnet8(num_classes: int = 100) -> CifarResNet:
-    """83,892 parameters for 100 classes."""
+    """Make a resnet8: 83,892 parameters for 100 classes."""
     return CifarResNet(1, NARROW, num_classes)
 
 
 def resnet14(num_classes: int = 100) -> CifarResNet:
-    """181,108 parameters for 100 classes."""
+    """Make a resnet14: 181,108 parameters for 100 classes."""
     return CifarResNet(2, NARROW, num_classes)
 
 
 def resnet20(num_classes: int = 100) -> CifarResNet:
-    """278,324 parameters for 100 classes."""
+    """Make a resnet20: 278,324 parameters for 100 classes."""
     return CifarResNet(3, NARROW, num_classes)
 
 
 def resnet32(num_classes: int = 100) -> CifarResNet:
-    """472,756 parameters for 100 classes."""
+    """Make a resnet32: 472,756 parameters for 100 classes."""
     return CifarResNet(5, NARROW, num_classes)
 
 
 def resnet44(num_classes: int = 100) -> CifarResNet:
-    """667,188 parameters for 100 classes."""
+    """Make a resnet44: 667,188 parameters for 100 classes."""
     return CifarResNet(7, NARROW, num_classes)
 
 
 def resnet56(num_classes: int = 100) -> CifarResNet:
-    """861,620 parameters for 100 classes."""
+    """Make a resnet56: 861,620 parameters for 100 classes."""
     return CifarResNet(9, NARROW, num_classes)
 
 
 def resnet110(num_classes: int = 100) -> CifarResNet:
-    """1,736,564 parameters for 100 classes."""
+    """Make a resnet110: 1,736,564 parameters for 100 classes."""
     return CifarResNet(18, NARROW, num_classes)
 
 
 def resnet8x4(num_classes: int = 100) -> CifarResNet:
-    """1,233,540 parameters for 100 classes: resnet8, four times as wide."""
+    """Make a resnet8x4: 1,233,540 parameters for 100 classes. It is a resnet8, four times as wide."""
     return CifarResNet(1, WIDE, num_classes)
 
 
 def resnet32x4(num_classes: int = 100) -> CifarResNet:
-    """7,433,860 parameters for 100 classes: resnet32, four times as wide."""
+    """Make a resnet32x4: 7,433,860 parameters for 100 classes. It is a resnet32, four times as wide."""
     return CifarResNet(5, WIDE, num_classes)
 
 
 def resnet20_option_a(num_classes: int = 10) -> CifarResNet:
-    """269,722 parameters for 10 classes."""
+    """Make a resnet20_option_a: 269,722 parameters for 10 classes."""
     return CifarResNet(3, NARROW, num_classes, option_a=True)
 
 
 def resnet32_option_a(num_classes: int = 10) -> CifarResNet:
-    """464,154 parameters for 10 classes."""
+    """Make a resnet32_option_a: 464,154 parameters for 10 classes."""
     return CifarResNet(5, NARROW, num_classes, option_a=True)
 
 
 def resnet44_option_a(num_classes: int = 10) -> CifarResNet:
-    """658,586 parameters for 10 classes."""
+    """Make a resnet44_option_a: 658,586 parameters for 10 classes."""
     return CifarResNet(7, NARROW, num_classes, option_a=True)
 
 
 def resnet56_option_a(num_classes: int = 10) -> CifarResNet:
-    """853,018 parameters for 10 classes."""
+    """Make a resnet56_option_a: 853,018 parameters for 10 classes."""
     return CifarResNet(9, NARROW, num_classes, option_a=True)
 
 
 def resnet110_option_a(num_classes: int = 10) -> CifarResNet:
-    """1,727,962 parameters for 10 classes."""
+    """Make a resnet110_option_a: 1,727,962 parameters for 10 classes."""
     return CifarResNet(18, NARROW, num_classes, option_a=True)

@@ -1,8 +1,8 @@
 """ShuffleNet of 3 groups for images of 32 x 32 pixels: X. Zhang et al., arXiv 1707.01083, table 1.
 
-Parameter count, names in the state dict and initialisation (PyTorch's own) are those of RepDistiller and mdistiller,
-whose checkpoints load unchanged. It differs from the paper: a 1x1 stem without pooling, ReLU after the depthwise
-convolution.
+Parameter count, names in the state dict and initialisation (PyTorch's own) are those of RepDistiller and mdistiller.
+Their checkpoints load unchanged. The network differs from the paper in two points: the stem is a 1x1 convolution
+without pooling, and a ReLU follows the depthwise convolution.
 """
 
 import torch
@@ -16,15 +16,15 @@ GROUPS = 3
 
 
 class GroupedShuffleUnit(nn.Module):
-    """A 1x1 grouped convolution, channel shuffle, a 3x3 depthwise and a 1x1 grouped convolution beside a shortcut.
+    """A 1x1 grouped convolution, channel shuffle, a 3x3 depthwise and a 1x1 grouped convolution, and a shortcut.
 
-    With stride 1 the input is added; with stride 2 the averaged input is concatenated.
+    With stride 1 the input is added to the output. With stride 2 the averaged input is concatenated with it.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        # The stem has too few channels to be grouped (section 3.2 of the paper).
+        # The stem has too few channels for a grouped convolution (section 3.2 of the paper).
         self.groups = 1 if in_channels == STEM else GROUPS
         branch = channels - in_channels if stride == 2 else channels
         middle = branch // 4
@@ -36,7 +36,7 @@ class GroupedShuffleUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         branch = F.channel_shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
         branch = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(branch)))))
         if self.stride == 1:
@@ -47,8 +47,10 @@ class GroupedShuffleUnit(nn.Module):
 class ShuffleNetV1(Network):
     """A stem, three stages at 16, 8 and 4 pixels, global average pooling, a linear layer.
 
-    Features: the stem's and the three stages' outputs.
+    The features are the outputs of the stem and of the three stages.
     """
+
+    classifier_name = "linear"
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -59,13 +61,8 @@ class ShuffleNetV1(Network):
         self.layer3 = _stage(480, 960, 4)
         self.linear = nn.Linear(960, num_classes)
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`linear`."""
-        return self.linear
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the stem and the three stages, pooled features."""
+        """Compute logits, features of the stem and the three stages, and pooled features."""
         f0 = F.relu(self.bn1(self.conv1(images)))
         f1 = self.layer1(f0)
         f2 = self.layer2(f1)
@@ -80,5 +77,5 @@ def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
 
 
 def ShuffleV1(num_classes: int = 100) -> ShuffleNetV1:  # noqa: N802 (as published)
-    """949,258 parameters for 100 classes."""
+    """Make a ShuffleV1: 949,258 parameters for 100 classes."""
     return ShuffleNetV1(num_classes)

@@ -1,7 +1,8 @@
 """ShuffleNet V2 of width 1 for images of 32 x 32 pixels: N. Ma et al., arXiv 1807.11164, figure 3 and table 5.
 
-Parameter count, names in the state dict and initialisation (PyTorch's own) are those of RepDistiller and mdistiller,
-whose checkpoints load unchanged. It differs from the paper: a 1x1 stem without pooling.
+Parameter count, names in the state dict and initialisation (PyTorch's own) are those of RepDistiller and mdistiller.
+Their checkpoints load unchanged. The network differs from the paper in one point: the stem is a 1x1 convolution without
+pooling.
 """
 
 import torch
@@ -12,7 +13,7 @@ from src.models.network import Network, Output
 
 
 class SplitUnit(nn.Module):
-    """One half of the channels stays, the other passes three convolutions; then both are shuffled."""
+    """Three convolutions on one half of the channels, the identity on the other half, then a channel shuffle."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +26,7 @@ class SplitUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels, H, W] to the same shape."""
+        """Map [B, channels, H, W] to the same shape."""
         left, right = x.chunk(2, 1)
         right = F.relu(self.bn1(self.conv1(right)))
         right = self.bn2(self.conv2(right))
@@ -34,7 +35,10 @@ class SplitUnit(nn.Module):
 
 
 class DownUnit(nn.Module):
-    """Two branches of the whole input, each of half the channels at half the size, are shuffled."""
+    """Two branches that both see the whole input, then a channel shuffle.
+
+    Each branch makes half of the output channels, at half of the input's height and width.
+    """
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -51,7 +55,7 @@ class DownUnit(nn.Module):
         self.bn5 = nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / 2, W / 2]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / 2, W / 2]."""
         left = self.bn1(self.conv1(x))
         left = F.relu(self.bn2(self.conv2(left)))
         right = F.relu(self.bn3(self.conv3(x)))
@@ -63,8 +67,10 @@ class DownUnit(nn.Module):
 class ShuffleNetV2(Network):
     """A stem, three stages at 16, 8 and 4 pixels, a 1x1 convolution, global average pooling, a linear layer.
 
-    Features: the stem's and the three stages' outputs.
+    The features are the outputs of the stem and of the three stages.
     """
+
+    classifier_name = "linear"
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -77,13 +83,8 @@ class ShuffleNetV2(Network):
         self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`linear`."""
-        return self.linear
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the stem and the three stages, pooled features."""
+        """Compute logits, features of the stem and the three stages, and pooled features."""
         f0 = F.relu(self.bn1(self.conv1(images)))
         f1 = self.layer1(f0)
         f2 = self.layer2(f1)
@@ -98,5 +99,5 @@ def _stage(in_channels: int, channels: int, split_units: int) -> nn.Sequential:
 
 
 def ShuffleV2(num_classes: int = 100) -> ShuffleNetV2:  # noqa: N802 (as published)
-    """1,355,528 parameters for 100 classes."""
+    """Make a ShuffleV2: 1,355,528 parameters for 100 classes."""
     return ShuffleNetV2(num_classes)

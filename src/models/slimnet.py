@@ -1,5 +1,8 @@
-"""SlimNet, a plain stack of 13 convolutions: S. H. Hasanpour et al., "Towards Principled Design of Deep Convolutional
-Networks: Introducing SimpNet", arXiv 1802.06205. Its published CIFAR-100 checkpoints load unchanged."""
+"""SlimNet, a plain stack of 13 convolutions: S. H. Hasanpour et al., arXiv 1802.06205.
+
+The paper is "Towards Principled Design of Deep Convolutional Networks: Introducing SimpNet". The published checkpoints
+for CIFAR-100 load unchanged.
+"""
 
 from collections import OrderedDict
 
@@ -9,14 +12,17 @@ from torch.nn import functional as F
 from src.models.network import Network, Output
 
 STAGES = (5, 10, 13)
-"""Convolutions up to the end of each resolution: 32, 16 and 8 pixels."""
+"""Number of the last convolution at each resolution: 32, 16 and 8 pixels."""
 
 
 class SlimNet(Network):
-    """13 times 3x3 convolution, batch norm, ReLU; max-pooling after the 5th and 10th; global max-pooling; linear.
+    """13 blocks of 3x3 convolution, batch norm and ReLU, global max-pooling, a linear layer.
 
-    Features: the first convolution block's output and the last one's at each resolution.
+    Max-pooling follows the 5th and the 10th block. The features are the output of the first block and that of the last
+    block at each resolution.
     """
+
+    classifier_name = "classifier"
 
     def __init__(self, widths: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -31,16 +37,11 @@ class SlimNet(Network):
 
     @staticmethod
     def pool(unpooled: Tensor) -> Tensor:
-        """The largest over all pixels."""
+        """Take the maximum of the last map [B, D, height, width] over its pixels as the classifier's input [B, D]."""
         return unpooled.amax((2, 3))
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`classifier`."""
-        return self.classifier
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the first block and of the three resolutions, pooled features."""
+        """Compute logits, features of the first block and of the three resolutions, and pooled features."""
         x, features = images, []
         for i, block in enumerate(self.features, start=1):
             x = F.relu(block(x))
@@ -53,10 +54,10 @@ class SlimNet(Network):
 
 
 def slimnet_600k(num_classes: int = 100) -> SlimNet:
-    """611,911 parameters for 100 classes."""
+    """Make a slimnet_600k: 611,911 parameters for 100 classes."""
     return SlimNet((40, 60, 60, 60, 72, 73, 73, 73, 75, 81, 82, 90, 120), num_classes)
 
 
 def slimnet_300k(num_classes: int = 100) -> SlimNet:
-    """309,154 parameters for 100 classes."""
+    """Make a slimnet_300k: 309,154 parameters for 100 classes."""
     return SlimNet((30, 40, 40, 40, 50, 50, 50, 50, 50, 58, 58, 70, 90), num_classes)

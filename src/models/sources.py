@@ -1,4 +1,4 @@
-"""Networks of libraries with their published weights, and what those networks have to be fed."""
+"""Networks of torchvision and timm, with their published weights and the preprocessing that the weights need."""
 
 import difflib
 import re
@@ -10,9 +10,9 @@ import torch
 import torchvision.models
 from torch import Tensor
 
+from src.common.errors import UserError
+from src.common.files import one_process_at_a_time
 from src.data.imagenet import WNIDS
-from src.errors import UserError
-from src.files import by_one_process
 from src.models.network import Network
 from src.models.timm_networks import TimmNetwork, import_timm
 from src.models.torchvision_networks import TorchvisionNetwork
@@ -21,35 +21,45 @@ LIBRARIES = ("torchvision", "timm")
 
 
 class Pretrained(NamedTuple):
-    """A network, and how it was trained."""
+    """A network, and the preprocessing and classes that it was trained with."""
 
     network: Network
-    """With the published weights, or fresh ones where nothing was to be downloaded."""
+    """With the published weights, or with fresh weights if `download` was False."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
-    """In pixels, of its preprocessing's final crop."""
+    """Size of the final crop of its preprocessing, in pixels."""
     class_names: tuple[str, ...] | None
-    """ImageNet's wnids in the order of its logits where it has those 1000 classes."""
+    """The wnids of ImageNet's 1000 classes, in the order of the logits. None if the network has other classes."""
 
 
 def pretrained(source: str, num_classes: int | None = None, *, download: bool = True) -> Pretrained:
-    """A library's network: `torchvision/NAME` (weights IMAGENET1K_V1 where it has those; `torchvision/NAME/WEIGHTS`
-    chooses others) or `timm/NAME` (NAME may carry a tag of weights).
+    """Make a library's network with its published weights.
 
-    `num_classes` None keeps its own classifier; a number that differs from its own gives it a fresh one. Weights come
-    from the library's own cache or, once, from the network; no code in them is executed. `download=False` touches
-    neither: the weights are fresh. Raises `UserError` where a name is unknown, timm is missing, the weights cannot be
-    had, or the network does not end in a linear layer.
+    `source` is one of:
+
+    - `torchvision/NAME`: the weights are IMAGENET1K_V1, or the library's default if these do not exist.
+    - `torchvision/NAME/WEIGHTS` chooses the weights.
+    - `timm/NAME`: NAME may contain a tag that chooses the weights.
+
+    If `num_classes` is None, the network keeps its own classifier. If the number differs from its own, the network gets
+    a fresh classifier. Weights come from the library's cache, or are downloaded once. No code in them is executed. With
+    `download=False` the weights are fresh, and neither cache nor internet is used.
+
+    Raises `UserError` if a name is unknown, timm is missing, the weights are not available, or the network does not end
+    in a linear layer.
+
+    >>> pretrained("torchvision/mobilenet_v3_small", 10, download=False).image_size
+    224
     """
     library, _, name = source.partition("/")
     if library not in LIBRARIES:
-        raise UserError(f"{source} is of no known library: give torchvision/NAME or timm/NAME.")
+        raise UserError(f"{source} does not name a known library: give torchvision/NAME or timm/NAME.")
     return (_torchvision if library == "torchvision" else _timm)(source, name, num_classes, download)
 
 
 def architecture(source: str, num_classes: int) -> Network:
-    """The network of a source with fresh weights."""
+    """Make the network of a source with fresh weights (see `pretrained`)."""
     return pretrained(source, num_classes, download=False).network
 
 
@@ -64,17 +74,17 @@ def _torchvision(source: str, name: str, num_classes: int | None, download: bool
     options: dict[str, Any] = {"num_classes": num_classes or own}
     if name.startswith("vit_"):
         options["image_size"] = weights.meta["min_size"][0]
-    if name in ("googlenet", "inception_v3"):  # trained on images of another normalisation, beside helpers
+    if name in ("googlenet", "inception_v3"):  # trained with another normalisation and with auxiliary heads
         options |= {"transform_input": True, "aux_logits": False, "init_weights": not download}
     network = TorchvisionNetwork(torchvision.models.get_model(name, **options))
     if download:
         try:
-            with by_one_process(Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name):
+            with one_process_at_a_time(Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name):
                 state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
             network.load_state_dict(_fitted(network, state, own))
-        except Exception as error:  # no connection, another hash, a damaged file in the cache
-            place = f"put {weights.url} into {torch.hub.get_dir()}/checkpoints"
-            raise _not_had(source, error, place) from error
+        except Exception as error:  # no connection, a wrong hash, or a damaged file in the cache
+            advice = f"put {weights.url} into {torch.hub.get_dir()}/checkpoints"
+            raise _not_available(source, error, advice) from error
     preprocessing = weights.transforms()
     names = _class_names(own, num_classes)
     size = preprocessing.crop_size[0]
@@ -82,11 +92,14 @@ def _torchvision(source: str, name: str, num_classes: int | None, download: bool
 
 
 def _fitted(network: TorchvisionNetwork, state: dict[str, Tensor], own: int) -> dict[str, Tensor]:
-    """Published weights under the network's names; its own, fresh classifier where the number of classes differs."""
+    """Rename published weights to the network's names, and drop the weights of auxiliary heads.
+
+    If the number of classes differs, the classifier keeps the network's own fresh weights.
+    """
     fitted = {}
     for name, value in state.items():
         if not name.startswith(("aux1.", "aux2.", "AuxLogits.")):
-            # DenseNet's files are older than its names: denselayer1.norm.1.weight
+            # The files of DenseNet have names of an older version, such as denselayer1.norm.1.weight.
             fitted[re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", name)] = value
     if network.classifier_layer.out_features != own:
         head = f"{network.classifier_name}."
@@ -101,14 +114,14 @@ def _timm(source: str, name: str, num_classes: int | None, download: bool) -> Pr
     if tag:
         _check_known(source, name, timm.list_models(f"{base}.*", pretrained=True))
     if download and not timm.is_model_pretrained(name):
-        raise UserError(f"{source}: timm has no weights for {name}, choose one that timm.list_pretrained() names.")
+        raise UserError(f"{source}: timm has no weights for {name}. Choose a name of timm.list_pretrained().")
     try:
         model = timm.create_model(name, pretrained=download, num_classes=num_classes)
     except Exception as error:  # no connection, or a damaged file in the cache
         if not download:
             raise
-        place = "load it once where there is a connection, and bring the Hugging Face cache (HF_HOME)"
-        raise _not_had(source, error, place) from error
+        advice = "load them once on a machine with a connection, and copy its Hugging Face cache (HF_HOME)"
+        raise _not_available(source, error, advice) from error
     network = TimmNetwork(model)
     preprocessing = timm.data.resolve_model_data_config(model)
     names = _class_names(model.pretrained_cfg["num_classes"], num_classes)
@@ -123,10 +136,10 @@ def _class_names(own: int, num_classes: int | None) -> tuple[str, ...] | None:
 def _check_known(source: str, name: str, names: Sequence[str]) -> None:
     if name in names:
         return
-    near = ", ".join(difflib.get_close_matches(name, names, n=5))
-    raise UserError(f"{source}: there is no {name!r}" + (f", near it are {near}." if near else "."))
+    similar = ", ".join(difflib.get_close_matches(name, names, n=5))
+    raise UserError(f"{source}: there is no {name!r}." + (f" Similar names are {similar}." if similar else ""))
 
 
-def _not_had(source: str, error: Exception, place: str) -> UserError:
+def _not_available(source: str, error: Exception, advice: str) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"The weights of {source} cannot be had ({type(error).__name__}: {reason}): {place}.")
+    return UserError(f"The weights of {source} are not available ({type(error).__name__}: {reason}): {advice}.")

@@ -1,7 +1,8 @@
 """VGG networks with batch norm for images of 32 x 32 pixels: K. Simonyan, A. Zisserman, arXiv 1409.1556, table 1.
 
-Parameter counts, names in the state dict, feature points and initialisation are those of RepDistiller and mdistiller,
-whose checkpoints (`vgg13_bn` and so on there) load unchanged. vgg8 is theirs: one convolution a block.
+Parameter counts, names in the state dict, feature points and initialisation are those of RepDistiller and mdistiller.
+Their checkpoints (there named `vgg13_bn` and so on) load unchanged. vgg8, with one convolution per block, is not in the
+paper but comes from RepDistiller and mdistiller.
 """
 
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ WIDTHS = (64, 128, 256, 512, 512)
 class VGG(Network):
     """Five blocks of 3x3 convolutions at 32, 16, 8, 4 and 4 pixels, global average pooling, a linear layer.
 
-    Features: the five blocks' outputs after ReLU. Images of 64 pixels and more are halved once more, before the last
-    block, as mdistiller does for Tiny ImageNet.
+    The features are the outputs of the five blocks after ReLU. If images have 64 pixels or more, their maps are halved
+    once more before the last block, as mdistiller does for Tiny ImageNet.
     """
+
+    classifier_name = "classifier"
 
     def __init__(self, convolutions: tuple[int, int, int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -35,13 +38,8 @@ class VGG(Network):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`classifier`."""
-        return self.classifier
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the five blocks, pooled features."""
+        """Compute logits, features of the five blocks, and pooled features."""
         f0 = F.relu(self.block0(images))
         f1 = F.relu(self.block1(F.max_pool2d(f0, 2)))
         f2 = F.relu(self.block2(F.max_pool2d(f1, 2)))
@@ -60,25 +58,25 @@ def _block(in_channels: int, channels: int, convolutions: int) -> nn.Sequential:
 
 
 def vgg8(num_classes: int = 100) -> VGG:
-    """3,965,028 parameters for 100 classes."""
+    """Make a vgg8: 3,965,028 parameters for 100 classes."""
     return VGG((1, 1, 1, 1, 1), num_classes)
 
 
 def vgg11(num_classes: int = 100) -> VGG:
-    """9,277,284 parameters for 100 classes."""
+    """Make a vgg11: 9,277,284 parameters for 100 classes."""
     return VGG((1, 1, 2, 2, 2), num_classes)
 
 
 def vgg13(num_classes: int = 100) -> VGG:
-    """9,462,180 parameters for 100 classes."""
+    """Make a vgg13: 9,462,180 parameters for 100 classes."""
     return VGG((2, 2, 2, 2, 2), num_classes)
 
 
 def vgg16(num_classes: int = 100) -> VGG:
-    """14,774,436 parameters for 100 classes."""
+    """Make a vgg16: 14,774,436 parameters for 100 classes."""
     return VGG((2, 2, 3, 3, 3), num_classes)
 
 
 def vgg19(num_classes: int = 100) -> VGG:
-    """20,086,692 parameters for 100 classes."""
+    """Make a vgg19: 20,086,692 parameters for 100 classes."""
     return VGG((2, 2, 4, 4, 4), num_classes)

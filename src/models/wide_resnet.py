@@ -1,8 +1,8 @@
 """Wide residual networks: S. Zagoruyko, N. Komodakis, arXiv 1605.07146.
 
-Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller, whose
-checkpoints load unchanged. Each batch norm runs once a step: mdistiller runs three of them twice, for features that
-nobody asked for.
+Parameter counts, names in the state dict and initialisation are those of RepDistiller and mdistiller. Their checkpoints
+load unchanged. Each batch norm runs once per step. In mdistiller three of them run twice, for features that nobody
+asked for.
 """
 
 import math
@@ -14,7 +14,10 @@ from src.models.network import Network, Output
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each 3x3 convolution; a 1x1 convolution on the shortcut where the width changes."""
+    """Two 3x3 convolutions, each after batch norm and ReLU, and a shortcut.
+
+    If the width changes, the shortcut is a 1x1 convolution after the first batch norm and ReLU.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -27,14 +30,15 @@ class PreActivationBlock(nn.Module):
             self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
         activated = F.relu(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        return self.conv2(F.relu(self.bn2(self.conv1(activated)))) + shortcut
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return out + shortcut
 
 
 class Stage(nn.Module):
-    """Blocks of one width."""
+    """A sequence of blocks of the same width."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -42,14 +46,16 @@ class Stage(nn.Module):
         self.layer = nn.Sequential(first, *(PreActivationBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
-        return self.layer(x)
+        """Map [B, in_channels, H, W] to [B, channels, H / stride, W / stride]."""
+        out: Tensor = self.layer(x)
+        return out
 
 
 class WideResNet(Network):
     """A stem, three stages at 32, 16 and 8 pixels, batch norm, global average pooling, a linear layer.
 
-    Depth is 6 blocks + 4. Features: the stem's output and the three stages' before the batch norm that follows.
+    The depth is 6 * blocks + 4. The features are the outputs of the stem and of the three stages, before the batch norm
+    that follows.
     """
 
     def __init__(self, blocks: int, width: int, num_classes: int) -> None:
@@ -66,13 +72,8 @@ class WideResNet(Network):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
 
-    @property
-    def classifier_layer(self) -> nn.Linear:
-        """`fc`."""
-        return self.fc
-
     def forward_features(self, images: Tensor) -> Output:
-        """Logits, features of the stem and the three stages, pooled features."""
+        """Compute logits, features of the stem and the three stages, and pooled features."""
         f0 = self.conv1(images)
         f1 = self.block1(f0)
         f2 = self.block2(f1)
@@ -83,20 +84,20 @@ class WideResNet(Network):
 
 
 def wrn_16_1(num_classes: int = 100) -> WideResNet:
-    """180,916 parameters for 100 classes."""
+    """Make a wrn_16_1: 180,916 parameters for 100 classes."""
     return WideResNet(2, 1, num_classes)
 
 
 def wrn_16_2(num_classes: int = 100) -> WideResNet:
-    """703,284 parameters for 100 classes."""
+    """Make a wrn_16_2: 703,284 parameters for 100 classes."""
     return WideResNet(2, 2, num_classes)
 
 
 def wrn_40_1(num_classes: int = 100) -> WideResNet:
-    """569,780 parameters for 100 classes."""
+    """Make a wrn_40_1: 569,780 parameters for 100 classes."""
     return WideResNet(6, 1, num_classes)
 
 
 def wrn_40_2(num_classes: int = 100) -> WideResNet:
-    """2,255,156 parameters for 100 classes."""
+    """Make a wrn_40_2: 2,255,156 parameters for 100 classes."""
     return WideResNet(6, 2, num_classes)

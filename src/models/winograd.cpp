@@ -1,10 +1,14 @@
-// 3x3 convolutions of stride 1, padded by 1, as F(4x4, 3x3): A. Lavin and S. Gray, Fast Algorithms for Convolutional
-// Neural Networks, CVPR 2016. A tile of 4x4 outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A, with x the
-// 6x6 inputs it sees: at each of 36 points a matrix product over the channels, 36 products where 144 were.
+// 3x3 convolutions of stride 1 and padding 1 by Winograd's algorithm F(4x4, 3x3): A. Lavin and S. Gray, Fast Algorithms
+// for Convolutional Neural Networks, CVPR 2016.
 //
-// Images are [N, H, W, channels], weights [outputs, 3, 3, inputs], float32; channels come in panels of 16:
-//   points of a block of tiles  [36][channels / 16][block][16]  (planes apart by a panel's row more, for the cache)
+// A tile of 4x4 outputs is A^T [sum over channels of (G w G^T) * (B^T x B)] A, where x is the 6x6 inputs that the tile
+// depends on. This is one matrix product over the channels at each of 36 points: 36 multiplications instead of 144.
+//
+// Images are [N, H, W, channels], weights are [outputs, 3, 3, inputs], both float32. Channels are in panels of 16:
+//   points of a block of tiles  [36][channels / 16][block][16]
 //   points of a weight          [36][outputs / 16][inputs][16]
+// Each of the 36 planes of a block is followed by 16 unused numbers, so that planes do not compete for the same lines
+// of the cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,7 +26,7 @@ typedef float Vector __attribute__((vector_size(BYTES)));
 
 using Size = std::int64_t;
 constexpr int LANES = BYTES / sizeof(float), PANEL = 16, VECTORS = PANEL / LANES, POINTS = 36;
-constexpr Size ROWS = 4;  // of a matrix product that is held in registers
+constexpr Size ROWS = 4;  // rows of a matrix product that are held in registers
 
 Vector load(const float* from) {
   Vector value;
@@ -32,7 +36,7 @@ Vector load(const float* from) {
 
 void store(Vector value, float* to) { std::memcpy(to, &value, BYTES); }
 
-// The one-dimensional transforms
+// One-dimensional transforms. Each is the product with the matrix named beside it.
 
 struct InputPoints {  // B^T
   static void apply(const Vector x[6], Vector out[6]) {
@@ -92,7 +96,7 @@ struct WeightGradient {  // G^T
   }
 };
 
-// Along the columns, then along the rows.
+// Apply a transform along the columns, then along the rows.
 template <typename Transform, int IN, int OUT>
 void both_ways(const Vector in[IN][IN], Vector out[OUT][OUT]) {
   Vector half[OUT][IN];
@@ -111,7 +115,7 @@ void both_ways(const Vector in[IN][IN], Vector out[OUT][OUT]) {
 
 // Tiles
 
-// Rounded up.
+// Divide and round up.
 Size over(Size value, Size step) { return (value + step - 1) / step; }
 
 struct Images {
@@ -121,7 +125,7 @@ struct Images {
   Size tiles() const { return count * down() * across(); }
 };
 
-struct Corner {  // of a tile's outputs
+struct Corner {  // the image, row and column of a tile's first output
   Size image, row, column;
   Corner(const Images& images, Size tile)
       : image(tile / (images.down() * images.across())),
@@ -143,7 +147,8 @@ float* panel_row(float* points, Size channel, Size block, Size tile) {
   return points + (channel / PANEL * block + tile) * PANEL + channel % PANEL;
 }
 
-// Points of `count` tiles; SIDE x SIDE pixels each, from BEFORE pixels before its corner; zeros outside of the images.
+// Compute the points of `count` tiles, beginning with tile `first`. A tile reads SIDE x SIDE pixels, beginning BEFORE
+// pixels before its corner in both directions. Pixels outside of the image are zero.
 template <typename Transform, int SIDE, int BEFORE>
 void to_points(const float* pixels, const Images& images, Size channels, Size first, Size count, Size block,
                const float* zeros, float* points) {
@@ -171,6 +176,7 @@ void to_points(const float* pixels, const Images& images, Size channels, Size fi
   }
 }
 
+// Compute the pixels of `count` tiles from their points, and add the bias, which may be null.
 void to_images(float* points, const Images& images, Size channels, Size first, Size count, Size block,
                const float* bias, float* pixels) {
   const Size apart = plane(channels, block);
@@ -192,7 +198,8 @@ void to_images(float* points, const Images& images, Size channels, Size first, S
   }
 }
 
-// out[row][16] (+)= sum over i of left(row, i) right[i][16], where i runs through `outer` times `inner` values.
+// Compute out[row][16] = sum over i of left(row, i) right[i][16] for ROWS rows, where i runs through `outer` times
+// `inner` values. With ADD, add the sum to out.
 template <bool ADD>
 void product(const float* left, Size between_rows, Size between_inner, Size between_outer, Size outer, Size inner,
              const float* right, float* out) {
@@ -219,11 +226,13 @@ void product(const float* left, Size between_rows, Size between_inner, Size betw
     for (int v = 0; v < VECTORS; ++v) store(sums[row][v], out + row * PANEL + v * LANES);
 }
 
-constexpr Size FEW = 32, MANY = 64;  // tiles of a block: those of the gradient spare passes over its sums
+// Maximum number of tiles in a block: FEW for the convolution, MANY for the weight's gradient. Larger blocks need fewer
+// passes over the sums of the gradient.
+constexpr Size FEW = 32, MANY = 64;
 
-// Tiles in blocks of `size`, at most `most`, as many for each thread that gets enough to do: each of these holds its
-// own sums of a weight's gradient. The others stay in the team: what leaves it is ended, and made anew for the next
-// layer.
+// Tiles in blocks of `size`, which is at most `most`. The blocks are divided into `shares` of equal size, one for each
+// thread that gets enough work. Each share holds its own sums of a weight's gradient. Threads without a share stay in
+// the OpenMP team: a thread that leaves the team ends, and is started again for the next layer.
 struct Blocks {
   Size tiles, shares, size;
   Blocks(const Images& images, Size most, Size threads)
@@ -231,10 +240,10 @@ struct Blocks {
     const Size blocks = over(over(tiles, most), shares) * shares;
     size = over(over(tiles, blocks), ROWS) * ROWS;
   }
-  Size first(Size share) const { return share * over(tiles, size) / shares; }  // block of a share
+  Size first(Size share) const { return share * over(tiles, size) / shares; }  // first block of a share
 };
 
-// The row of a weight's points for one of its inputs.
+// Offset of the row of 16 outputs for one input, in the points of a weight.
 Size weight_row(Size point, Size panels, Size panel, Size inputs, Size input) {
   return ((point * panels + panel) * inputs + input) * PANEL;
 }
@@ -243,7 +252,7 @@ Size weight_row(Size point, Size panels, Size panel, Size inputs, Size input) {
 
 extern "C" {
 
-// Floats that `convolve` and `weight_gradient` want for their work.
+// Number of floats in the working memory of `convolve` and `weight_gradient`.
 Size convolve_work(Size count, Size height, Size width, Size inputs, Size outputs, Size threads) {
   const Blocks blocks(Images{count, height, width}, FEW, threads);
   return blocks.shares * POINTS * (plane(inputs, blocks.size) + plane(outputs, blocks.size));
@@ -254,7 +263,8 @@ Size weight_gradient_work(Size count, Size height, Size width, Size inputs, Size
   return blocks.shares * POINTS * (plane(inputs, blocks.size) + plane(outputs, blocks.size) + inputs * outputs);
 }
 
-// Points of a weight; `turned`: of the weight that takes gradients back, from its outputs to its inputs.
+// Compute the points of a weight. With `turned`, compute those of the weight of the input's gradient: kernels are
+// rotated by 180 degrees, and inputs and outputs change places.
 void weight_points(const float* weight, Size inputs, Size outputs, Size turned, Size threads, float* points) {
   const Size from = turned ? outputs : inputs, to = turned ? inputs : outputs;
 #pragma omp parallel for num_threads(threads) collapse(2)
@@ -274,7 +284,7 @@ void weight_points(const float* weight, Size inputs, Size outputs, Size turned, 
       }
 }
 
-// `bias` [outputs] or null.
+// Compute the convolution. `weights` are the weight's points, `bias` is [outputs] or null.
 void convolve(const float* input, Size count, Size height, Size width, Size inputs, const float* weights,
               const float* bias, Size outputs, Size threads, float* work, float* output) {
   const Images images{count, height, width};
@@ -300,7 +310,7 @@ void convolve(const float* input, Size count, Size height, Size width, Size inpu
   }
 }
 
-// The weight's gradient, [outputs, 3, 3, inputs], from the output's gradient.
+// Compute the weight's gradient [outputs, 3, 3, inputs] from the input and the output's gradient.
 void weight_gradient(const float* input, const float* output_gradient, Size count, Size height, Size width,
                      Size inputs, Size outputs, Size threads, float* work, float* gradient) {
   const Images images{count, height, width};

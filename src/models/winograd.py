@@ -1,6 +1,10 @@
-"""3x3 convolutions by Winograd's algorithm F(4x4, 3x3), on a CPU in float32 (Lavin and Gray, CVPR 2016).
+"""Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU in float32 (Lavin and Gray, CVPR 2016).
 
-Four times fewer multiplications than the direct sum of a CPU's library; a GPU's chooses its algorithm for itself.
+It needs a quarter of the multiplications of the direct sum. The libraries for CPUs compute the direct sum. The
+libraries for GPUs choose their algorithm themselves.
+
+The algorithm transforms each 3x3 kernel, and the inputs of each tile of 4x4 outputs, to 36 numbers. These are called
+points.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
-from src.native import library
+from src.common.errors import UserError
+from src.models.native import library
 
 PANEL, POINTS = 16, 36
 log = logging.getLogger(__name__)
@@ -22,11 +26,11 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A convolution that takes over another's parameters, under the same names.
+    """A convolution that shares the parameters of another one, under the same names.
 
-    A `frozen` one, whose weight never changes, always computes by Winograd's algorithm, from points that take four
-    times its weight's memory. Others do so in training only: they are evaluated by the direct sum, as they will be
-    wherever else the network is used.
+    If it is `frozen`, its weight never changes. It then always uses Winograd's algorithm, with points that take four
+    times the memory of the weight. Otherwise it uses Winograd's algorithm in training only. In evaluation it computes
+    the direct sum, as the network will anywhere else.
     """
 
     points: Tensor | None
@@ -39,7 +43,7 @@ class WinogradConv2d(nn.Conv2d):
         self.register_buffer("points", points, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[B, outputs, H, W] of [B, inputs, H, W]."""
+        """Map [B, inputs, H, W] to [B, outputs, H, W]."""
         if input.device.type != "cpu" or not input.numel() or (self.points is None and not self.training):
             return super().forward(input)
         output: Tensor = Winograd.apply(input, self.weight, self.bias, self.points)
@@ -47,21 +51,24 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def check_winograd(device: torch.device) -> None:
-    """Raise `UserError` where it cannot be had: on another device than a CPU, or without a compiler."""
+    """Raise `UserError` if Winograd's algorithm is not available: on any device but a CPU, or without a compiler."""
     if device.type != "cpu":
-        raise UserError("winograd=true and teacher.winograd=true are for a CPU; a GPU has its own: leave them out.")
+        raise UserError(
+            "winograd=true and teacher.winograd=true work on a CPU only: leave both out. The libraries for GPUs choose "
+            "their algorithm themselves."
+        )
     library(SOURCE)
 
 
 def use_winograd(network: nn.Module, frozen: bool) -> int:
-    """Let the convolutions that Winograd's algorithm fits compute by it; how many they are.
+    """Replace every convolution that Winograd's algorithm fits by a `WinogradConv2d`. Returns their number.
 
-    Raises `UserError` where `frozen` ones want what no compiler is there to make.
+    With `frozen`, their points are computed at once. Raises `UserError` if this needs a C++ compiler and there is none.
     """
     fitting = {name: module for name, module in network.named_modules() if _fits(module)}
     if not fitting:
         kind = "the teacher" if frozen else "the student"
-        log.warning("Winograd's algorithm changes nothing in %s: no 3x3 convolution there fits it.", kind)
+        log.warning("Winograd's algorithm changes nothing in %s, which has no convolution that fits.", kind)
     for name, module in fitting.items():
         network.set_submodule(name, WinogradConv2d(module, frozen))
     return len(fitting)
@@ -79,23 +86,24 @@ def _fits(module: Any) -> bool:
 class Winograd(torch.autograd.Function):
     """The convolution of float32 images [B, C, H, W] with a weight [K, C, 3, 3] and a bias [K] or None.
 
-    `points` are those of the weight where they are known. Gradients are by the same algorithm: the input's as exact as
-    the answer, the weight's within a few times of torch's. Rounding depends on the number of threads in the weight's
-    gradient alone; the answer's does not depend on the size of the batch either.
+    `points` are the weight's points, or None to compute them. Gradients use the same algorithm. The output and the
+    input's gradient have similar rounding errors. The rounding error of the weight's gradient is a few times torch's,
+    and only this rounding depends on the number of threads. The rounding of the output does not depend on the batch
+    size either.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, points: Tensor | None) -> Tensor:
-        """[B, K, H, W], channels last."""
+        """Compute the output [B, K, H, W], in channels-last format."""
         if images.shape[1] != weight.shape[1]:
-            raise ValueError(f"images of {images.shape[1]} channels for a weight of {weight.shape[1]}")
+            raise ValueError(f"The images have {images.shape[1]} channels and the weight has {weight.shape[1]}.")
         ctx.save_for_backward(images, weight)
         return convolve(images, weight_points(weight) if points is None else points, bias, len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Those of images, weight and bias."""
+        """Compute the gradients of images, weight and bias."""
         images, weight = ctx.saved_tensors
         of_images, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
@@ -107,7 +115,11 @@ class Winograd(torch.autograd.Function):
 
 
 def weight_points(weight: Tensor, turned: bool = False) -> Tensor:
-    """G w G^T of a weight [K, C, 3, 3], flat; `turned`, of the one that takes gradients back to the input."""
+    """Compute the points G w G^T of a weight [K, C, 3, 3], as a flat tensor.
+
+    With `turned`, compute the points of the weight that gives the input's gradient: kernels are rotated by 180 degrees,
+    and inputs and outputs are swapped.
+    """
     weight = _channels_last(weight)
     outputs, inputs = weight.shape[:2]
     points = weight.new_empty(POINTS * inputs * outputs)
@@ -116,22 +128,22 @@ def weight_points(weight: Tensor, turned: bool = False) -> Tensor:
 
 
 def convolve(images: Tensor, points: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """[B, outputs, H, W] of images [B, C, H, W] and a weight's points."""
+    """Compute the convolution [B, outputs, H, W] of images [B, C, H, W] with the points of a weight."""
     images = _channels_last(images)
     batch, inputs, height, width = images.shape
     threads = torch.get_num_threads()
-    work = _work("convolve_work", images, outputs, threads)
+    work = _allocate_work("convolve_work", images, outputs, threads)
     output = torch.empty(batch, outputs, height, width, memory_format=torch.channels_last)
     _call("convolve", images, batch, height, width, inputs, points, bias, outputs, threads, work, output)
     return output
 
 
 def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
-    """[K, C, 3, 3] of images [B, C, H, W] and the output's gradient [B, K, H, W]."""
+    """Compute the weight's gradient [K, C, 3, 3] from images [B, C, H, W] and the output's gradient [B, K, H, W]."""
     images, gradient = _channels_last(images), _channels_last(gradient)
     batch, inputs, height, width = images.shape
     outputs, threads = gradient.shape[1], torch.get_num_threads()
-    work = _work("weight_gradient_work", images, outputs, threads)
+    work = _allocate_work("weight_gradient_work", images, outputs, threads)
     result = torch.empty(outputs, inputs, 3, 3, memory_format=torch.channels_last)
     _call("weight_gradient", images, gradient, batch, height, width, inputs, outputs, threads, work, result)
     return result
@@ -139,23 +151,24 @@ def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
 
 def _channels_last(values: Tensor) -> Tensor:
     if values.dtype != torch.float32 or values.device.type != "cpu":
-        raise TypeError(f"Winograd's algorithm is there for float32 on a CPU, not for {values.dtype} {values.device}.")
+        raise TypeError(f"Winograd's algorithm needs float32 on a CPU, not {values.dtype} on {values.device}.")
     return values.contiguous(memory_format=torch.channels_last)
 
 
-def _work(function: str, images: Tensor, outputs: int, threads: int) -> Tensor:
+def _allocate_work(function: str, images: Tensor, outputs: int, threads: int) -> Tensor:
+    """Allocate the memory that a kernel works in. `function` of winograd.cpp returns its size."""
     batch, inputs, height, width = images.shape
     return images.new_empty(_call(function, batch, height, width, inputs, outputs, threads))
 
 
 def _call(function: str, *arguments: Tensor | int | None) -> int:
-    """A function of winograd.cpp: tensors by their address, numbers as 64-bit integers."""
-    found = getattr(library(SOURCE), function)
-    found.restype = ctypes.c_int64
-    return int(found(*map(_passed, arguments)))
+    """Call a function of winograd.cpp. Tensors are passed by their address, numbers as 64-bit integers."""
+    compiled = getattr(library(SOURCE), function)
+    compiled.restype = ctypes.c_int64
+    return int(compiled(*map(_to_ctypes, arguments)))
 
 
-def _passed(argument: Tensor | int | None) -> Any:
+def _to_ctypes(argument: Tensor | int | None) -> Any:
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
     return ctypes.c_void_p(argument.data_ptr() if argument is not None else None)

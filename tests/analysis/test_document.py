@@ -1,3 +1,5 @@
+"""The three forms of a report. Names in it may come from anywhere, so all text is escaped."""
+
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +14,7 @@ HOSTILE = '</td><script src="https://example.org/x.js">alert(1)</script>| "quote
 
 
 class Page(HTMLParser):
-    """Tags with attributes, and all text."""
+    """Collect the tags with their attributes, and all text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ def sections(tmp_path: Path) -> list[Section]:
     return [Section(HOSTILE, [HOSTILE], tables, [picture]), Section("second")]
 
 
-def test_the_page_escapes_everything_and_needs_nothing_else(sections: list[Section]) -> None:
+def test_the_page_escapes_all_text_and_is_self_contained(sections: list[Section]) -> None:
     text = html(HOSTILE, sections)
     page = Page(text)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
@@ -52,7 +54,7 @@ def test_the_page_escapes_everything_and_needs_nothing_else(sections: list[Secti
     assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
 
 
-def test_a_row_of_markdown_stays_a_row(sections: list[Section]) -> None:
+def test_a_cell_cannot_break_a_markdown_row(sections: list[Section]) -> None:
     text = markdown(sections)
     rows = [line for line in text.splitlines() if line.startswith("|") and "1.0 +- 0.2" in line]
     assert len(rows) == 2
@@ -62,7 +64,7 @@ def test_a_row_of_markdown_stays_a_row(sections: list[Section]) -> None:
     assert "(dot.png)" in text
 
 
-def test_latex_reads_no_command_out_of_a_name(sections: list[Section]) -> None:
+def test_a_name_cannot_be_a_latex_command(sections: list[Section]) -> None:
     text = latex(sections)
     assert r"\input" not in text
     assert r"\textbackslash{}input\{" in text
@@ -73,3 +75,17 @@ def test_latex_reads_no_command_out_of_a_name(sections: list[Section]) -> None:
     assert braces.count("{") == braces.count("}")
     for line in text.splitlines()[1:]:
         assert not re.search(r"(?<!\\)[%#]", line), line
+
+
+def test_rows_with_sentences_name_their_columns_for_narrow_screens() -> None:
+    table = Table("caption", ["compared", "points", "p", "verdict"], [["one", "+1.0", "0.01", "is higher"]])
+    wide, narrow = (Page(html("t", [Section("s", tables=[table._replace(sentences=flag)])])) for flag in (False, True))
+    named = [[attributes.get("data-column") for tag, attributes in page.tags if tag == "td"] for page in (wide, narrow)]
+    assert named == [[None] * 3, ["points", "p", "verdict"]]
+
+
+def test_only_a_page_of_several_sections_has_a_list_of_them() -> None:
+    one, two = (Page(html("t", [Section(title) for title in titles])) for titles in (["a"], ["a", "b"]))
+    assert "nav" not in [tag for tag, _ in one.tags]
+    assert [attributes["href"] for tag, attributes in two.tags if tag == "a"] == ["#section1", "#section2"]
+    assert {"section1", "section2"} <= {attributes.get("id") for _, attributes in two.tags}

@@ -1,3 +1,5 @@
+"""Run folders: which are finished, why others are not, how they are named and grouped."""
+
 import json
 import shutil
 from pathlib import Path
@@ -5,21 +7,19 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from src.analysis.published import published
-from src.analysis.results import Finished, by_protocol, find_runs, group
-from src.run import method_name
-from tests.analysis.run_folders import TEACHER, write_run
-from tests.test_config import configure
+from src.analysis.results import by_protocol, find_runs, group
+from src.runs.result import Result
+from tests.helpers.run_folders import TEACHER, finished, write_run
 
 
-def test_finished_runs_are_grouped_by_all_but_the_seed(tmp_path: Path) -> None:
+def test_finished_runs_are_grouped_by_everything_but_the_seed(tmp_path: Path) -> None:
     for method, seed in [("kd", 1), ("kd", 0), ("vanilla", 0), ("aekt", 0)]:
         write_run(tmp_path, method, seed, layer="serial" if method == "aekt" else "none")
     runs, others = find_runs(tmp_path)
     assert others == []
     groups = group(runs)
     assert list(groups) == ["resnet8 alone", "resnet8 by kd", "resnet8 by aekt, serial"]
-    assert [run.result["seed"] for run in groups["resnet8 by kd"]] == [0, 1]
+    assert [run.result.seed for run in groups["resnet8 by kd"]] == [0, 1]
     assert groups["resnet8 by kd"][0].history()[-1] == {"epoch": 2, "test/accuracy": 0.5}
 
 
@@ -38,7 +38,7 @@ def test_runs_of_two_teachers_are_not_repetitions(tmp_path: Path) -> None:
     assert any("from resnet56" in name for name in names)
 
 
-def test_another_budget_is_another_table_but_another_rate_is_not(tmp_path: Path) -> None:
+def test_another_batch_size_makes_another_table_but_another_learning_rate_does_not(tmp_path: Path) -> None:
     for method, schedule in [
         ("kd", {"epochs": 3, "learning_rate": 0.1}),
         ("dkd", {"epochs": 3, "learning_rate": 0.05}),
@@ -64,7 +64,7 @@ def test_a_copy_counts_once(tmp_path: Path) -> None:
         ("result.json", '{"half', "damaged", "result.json"),
         ("result.json", "\udcff", "damaged", "result.json"),
         ("result.json", "[" * 100_000, "damaged", "result.json"),
-        ("result.json", "[1]", "foreign", "the whole"),
+        ("result.json", "[1]", "foreign", "the file"),
         ("result.json", '{"test": {"accuracy": 93.5}}', "foreign", "test.accuracy"),
         ("metrics.csv", "epoch,a\n1,2,3\n", "damaged", "metrics.csv"),
         ("metrics.csv", "epoch\nabc\n", "damaged", "metrics.csv"),
@@ -77,7 +77,9 @@ def test_a_copy_counts_once(tmp_path: Path) -> None:
         ("failure.txt", "The loss\nis not finite", "failed", "3 of 3 epochs done: The loss is not finite"),
     ],
 )
-def test_what_is_no_result_is_told(tmp_path: Path, file: str, content: str | None, state: str, detail: str) -> None:
+def test_folders_without_a_usable_result_are_listed_with_the_reason(
+    tmp_path: Path, file: str, content: str | None, state: str, detail: str
+) -> None:
     folder = write_run(tmp_path)
     if file != "result.json" and not (file == "metrics.csv" and content):
         (folder / "result.json").unlink()
@@ -91,7 +93,7 @@ def test_what_is_no_result_is_told(tmp_path: Path, file: str, content: str | Non
     assert detail in other.detail
 
 
-def test_a_run_is_running_while_its_process_holds_it(tmp_path: Path) -> None:
+def test_a_run_is_running_while_a_process_holds_its_lock(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     (folder / "result.json").unlink()
     with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -107,35 +109,50 @@ def test_a_result_alone_is_enough(tmp_path: Path) -> None:
     assert (run.history(), others) == ([], [])
 
 
-def run_of(method: str, teacher: str | None, student: str) -> Finished:
-    result = {"data": "cifar100", "method": method, "student": student, "serialization": "none"}
-    return Finished(Path(), {**result, "teacher": teacher and {"name": teacher}})
-
-
 @pytest.mark.parametrize(
-    ("run", "text"),
+    ("method", "layer", "teacher", "name", "label"),
     [
-        (run_of("vanilla", None, "wrn16_2"), "73.26 (last)"),
-        (run_of("kd", "wrn40_2", "wrn16_2"), "74.92 (last)"),
-        (run_of("kd+standardized", "wrn40_2", "wrn16_2"), "76.11 (best)"),
-        (run_of("dkd", "resnet32x4", "resnet8x4"), "76.32 (best)"),
-        (run_of("wttm", "vgg13", "vgg8"), "74.44 (?)"),
-        (run_of("mlkd", "wrn40_2", "wrn16_2"), "76.63 (best; longer training)"),
-        (run_of("aekt", "wrn40_2", "wrn16_2"), "None"),
-        (run_of("kd", "resnet20", "resnet8"), "None"),
+        ("vanilla", "none", None, "resnet8 alone", "vanilla"),
+        ("vanilla+averaged", "none", None, "resnet8 by vanilla+averaged", "vanilla+averaged"),
+        ("tfkd", "none", None, "resnet8 by tfkd", "tfkd"),
+        ("dml", "none", None, "resnet8 by dml", "dml"),
+        ("kd", "none", TEACHER, "resnet8 by kd", "kd"),
+        ("aekt", "serial", TEACHER, "resnet8 by aekt, serial", "aekt, serial"),
     ],
 )
-def test_published_numbers(run: Finished, text: str) -> None:
-    assert str(published(run)) == text
-    serial = Finished(Path(), json.loads(json.dumps({**run.result, "serialization": "serial"})))
-    assert published(serial) is None
+def test_only_the_vanilla_method_trains_a_student_alone(
+    method: str, layer: str, teacher: dict | None, name: str, label: str
+) -> None:
+    run = finished(method=method, layer=layer, teacher=teacher)
+    assert (run.name, run.label) == (name, label)
+    assert run.pair == ("resnet20 to resnet8" if teacher else "resnet8")
 
 
-@pytest.mark.parametrize(
-    ("switch", "accuracy"), [("standardize_logits=true", "76.62"), ("optimizer=dot", "75.12"), ("seed=1", "73.33")]
-)
-def test_published_numbers_are_found_by_what_a_run_calls_its_method(switch: str, accuracy: str) -> None:
-    method = method_name(configure("method=kd", switch))
-    run = run_of(method, "resnet32x4", "resnet8x4")
-    assert str(published(run)).startswith(accuracy)
-    assert run.label == method
+def test_methods_without_a_teacher_come_after_the_networks_alone(tmp_path: Path) -> None:
+    for method in ("tfkd", "kd", "vanilla", "dml"):
+        write_run(tmp_path, method)
+    assert list(group(find_runs(tmp_path)[0])) == [
+        "resnet8 alone", "resnet8 by kd", "resnet8 by dml", "resnet8 by tfkd",
+    ]  # fmt: skip
+
+
+def test_a_result_of_a_later_version_may_have_more_keys(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    content = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**content, "new": 1, "test": {**content["test"], "new": 1}}))
+    ((run,), others) = find_runs(tmp_path)
+    assert others == []
+    assert run.result == Result.model_validate(content)
+
+
+@pytest.mark.parametrize("missing", ["test", "parameters", "seconds", "settings", "teacher", "class_names"])
+def test_a_result_that_lacks_a_key_is_foreign(tmp_path: Path, missing: str) -> None:
+    folder = write_run(tmp_path)
+    content = json.loads((folder / "result.json").read_text())
+    del content[missing]
+    (folder / "result.json").write_text(json.dumps(content))
+    ((other,), runs) = (find_runs(tmp_path)[1], find_runs(tmp_path)[0])
+    assert runs == []
+    assert (other.state, other.detail) == (
+        "foreign", f"result.json was not written by a run ({missing}: field required)",
+    )  # fmt: skip

@@ -1,3 +1,5 @@
+"""Conversion of the CIFAR archives."""
+
 import hashlib
 import pickle
 from pathlib import Path
@@ -9,9 +11,9 @@ import torch
 from torchvision import datasets
 from torchvision.datasets import utils
 
-from src.data.arrays import load_arrays
+from src.common.errors import UserError
+from src.data.array_file import load_arrays
 from src.data.cifar import SUPERCLASS_OF, SUPERCLASSES, cifar10, cifar100
-from src.errors import UserError
 
 
 def no_network(*_: Any, **__: Any) -> None:
@@ -24,7 +26,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unpack_miniature(root: Path, monkeypatch: pytest.MonkeyPatch, source: Any, classes: int) -> dict[str, np.ndarray]:
-    """Write an unpacked archive of two training images a class and one test image, in torchvision's layout."""
+    """Write an unpacked archive in torchvision's layout, with two training images and one test image per class."""
     folder = root / source.base_folder
     folder.mkdir()
     label_key, names_key = ("fine_labels", "fine_label_names") if classes == 100 else ("labels", "label_names")
@@ -71,7 +73,7 @@ def test_the_archive_is_converted_once(
     assert prepare(tmp_path) == file
 
 
-def test_a_wrong_checksum_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_with_a_wrong_checksum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unpack_miniature(tmp_path, monkeypatch, datasets.CIFAR10, 10)
     with (tmp_path / "cifar-10-batches-py" / "train").open("ab") as file:
         file.write(b"more")
@@ -80,14 +82,14 @@ def test_a_wrong_checksum_is_not_taken(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "cifar10.npz").exists()
 
 
-def test_without_network_it_says_what_to_bring(tmp_path: Path) -> None:
+def test_without_a_network_the_message_says_where_to_put_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         cifar100(tmp_path)
     for part in (str(tmp_path / "cifar100.npz"), "Network is unreachable", "data.path", "data.root"):
         assert part in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.root"):
         cifar100(tmp_path / "file")
@@ -97,7 +99,7 @@ def test_every_superclass_has_five_classes() -> None:
     np.testing.assert_array_equal(np.bincount(SUPERCLASS_OF), np.full(len(SUPERCLASSES), 5))
 
 
-def test_the_real_cifar100(real_data: Path) -> None:
+def test_the_real_cifar100_is_complete(real_data: Path) -> None:
     loaded = load_arrays(cifar100(real_data))
     assert loaded.train_images.shape == (50_000, 3, 32, 32)
     assert loaded.test_images.shape == (10_000, 3, 32, 32)

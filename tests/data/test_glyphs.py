@@ -1,25 +1,28 @@
+"""The embedded data set: fonts, characters and determinism."""
+
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from src.data import glyphs as module
-from src.data.arrays import load_arrays
+from src.data.array_file import load_arrays
 from src.data.glyphs import CLASSES, FONTS, draw_split, glyphs
 
-FOLDER = Path(module.matplotlib.get_data_path()) / "fonts" / "ttf"
+FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def family(name: str) -> str:
-    """The family as the font file states it; Computer Modern's files state their own name each."""
+    """Return the family that the font file states. The files of Computer Modern state different names."""
     stated = ImageFont.truetype(FOLDER / f"{name}.ttf", 10).getname()[0]
     assert stated is not None
     return "Computer Modern" if stated.startswith("cm") else stated
 
 
-def test_the_families_are_disjoint() -> None:
+def test_training_and_test_fonts_are_of_different_families() -> None:
     train, test = ({family(name) for name in FONTS[split]} for split in ("train", "test"))
     assert not train & test
     assert train == {"DejaVu Sans", "DejaVu Sans Mono", "DejaVu Serif", "STIXGeneral"}
@@ -50,13 +53,12 @@ def test_drawing_is_deterministic_and_balanced(split: str) -> None:
     assert images.std(axis=(1, 2)).max(axis=1).min() > 5
 
 
-def test_more_images_leave_the_first_as_they_are() -> None:
+def test_more_images_do_not_change_the_first_ones() -> None:
     few, more = draw_split("test", 1), draw_split("test", 2)
     np.testing.assert_array_equal(more["test_images"][:62], few["test_images"])
 
 
-def test_the_character_stands_out_in_its_own_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clean ink on a clean ground differ in brightness by what the colours promise."""
+def test_ink_is_darker_than_the_background() -> None:
     colours = [module._colours(np.random.default_rng(i)) for i in range(200)]
     brightness = np.array([[colour @ (0.299, 0.587, 0.114) for colour in pair] for pair in colours])
     assert (brightness[:, 0] - brightness[:, 1]).min() > 25

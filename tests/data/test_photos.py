@@ -1,3 +1,5 @@
+"""Decoding, cropping and resizing, compared with torchvision."""
+
 import warnings
 
 import numpy as np
@@ -9,9 +11,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from src.common.errors import UserError
 from src.data.photos import Photo, centre, crop_and_resize, reduction
-from src.errors import UserError
-from tests.data.photo_folders import encoded, files, picture, sixteen_bits
+from tests.helpers.photo_folders import encoded, files, picture, sixteen_bits
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -36,13 +38,13 @@ def test_every_mode_becomes_rgb(name: str) -> None:
     assert np.abs(pixels(image) - pixels(expected)).mean() <= (12 if lossy else 0)
 
 
-def test_sixteen_bits_are_scaled_not_cut_off() -> None:
+def test_16_bit_images_are_scaled_and_not_clipped() -> None:
     image = picture(3, 20, 20)
     decoded, _ = Photo(encoded(sixteen_bits(image), "TIFF"), "x.tif").decode(1)
     assert np.array_equal(pixels(decoded), pixels(image.convert("L").convert("RGB")))
 
 
-def test_the_cameras_orientation_is_ignored() -> None:
+def test_the_exif_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     photo = Photo(encoded(picture(0, 40, 30), "JPEG", exif=exif), "x.jpg")
@@ -51,17 +53,17 @@ def test_the_cameras_orientation_is_ignored() -> None:
 
 
 @given(pixels=st.integers(1, 5000), size=st.integers(1, 300))
-def test_a_reduction_leaves_enough_pixels_and_no_more_than_needed(pixels: int, size: int) -> None:
+def test_a_reduction_leaves_enough_pixels_and_not_twice_as_many(pixels: int, size: int) -> None:
     factor = reduction(pixels, size)
     assert factor == 1 or pixels >= factor * size
     assert factor == 8 or pixels < 2 * factor * size
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
-def test_a_jpeg_is_reduced_by_its_decoder(factor: int) -> None:
+def test_the_decoder_reduces_a_jpeg(factor: int) -> None:
     image = picture(0, 161, 120)
     photo = Photo(encoded(image, "JPEG", quality=95), "x.jpg")
-    for _ in range(2):  # opened again
+    for _ in range(2):  # the second time, the photo has to be opened again
         decoded, reduced = photo.decode(factor)
         assert reduced == factor
         assert decoded.size == (-(-161 // factor), -(-120 // factor))
@@ -79,7 +81,7 @@ def test_a_jpeg_is_reduced_by_its_decoder(factor: int) -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("box", [(0, 0, 40, 30), (3, 5, 20, 13), (39, 29, 1, 1), (10, 0, 7, 30)])
-def test_a_view_is_torchvisions(box: tuple[int, int, int, int], flip: bool) -> None:
+def test_a_view_equals_torchvisions(box: tuple[int, int, int, int], flip: bool) -> None:
     image = picture(0, 40, 30)
     left, top, width, height = box
     expected = tv.resized_crop(image, top, left, height, width, [16, 16])
@@ -89,7 +91,7 @@ def test_a_view_is_torchvisions(box: tuple[int, int, int, int], flip: bool) -> N
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 41), (20, 20), (39, 39), (17, 90), (200, 21), (5, 7)])
 @pytest.mark.parametrize(("resize", "size"), [(20, 16), (20, 15), (16, 16)])
-def test_evaluation_is_torchvisions(width: int, height: int, resize: int, size: int) -> None:
+def test_evaluation_equals_torchvisions(width: int, height: int, resize: int, size: int) -> None:
     image = picture(1, width, height)
     expected = v2.Compose([v2.Resize(resize), v2.CenterCrop(size)])(image)
     assert np.array_equal(pixels(centre(Photo(encoded(image, "PNG"), "x.png"), resize, size)), pixels(expected))
@@ -104,7 +106,7 @@ def test_evaluation_of_a_large_jpeg_is_close_to_torchvisions(width: int, height:
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut short", "another kind"])
-def test_what_is_no_photo_is_named(kind: str) -> None:
+def test_a_file_that_is_not_a_photo_is_named(kind: str) -> None:
     whole = encoded(picture(0, 40, 30), "PNG")
     content = {
         "empty": b"",
@@ -112,10 +114,10 @@ def test_what_is_no_photo_is_named(kind: str) -> None:
         "cut short": whole[: len(whole) // 2],
         "another kind": encoded(picture(0, 40, 30), "GIF"),
     }[kind]
-    with pytest.raises(UserError, match=r"^some/x\.png cannot be read as a photo \([^<]+\): mend or remove it\.$"):
+    with pytest.raises(UserError, match=r"^some/x\.png cannot be read as a photo \([^<]+\): repair or remove it\.$"):
         Photo(content, "some/x.png").decode(1)
 
 
-def test_pixels_go_to_torch_as_they_are() -> None:
+def test_torch_and_numpy_read_the_same_pixels() -> None:
     image = picture(0, 16, 16)
     assert torch.equal(tv.pil_to_tensor(image).permute(1, 2, 0), torch.from_numpy(np.array(image)))

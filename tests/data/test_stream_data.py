@@ -1,6 +1,7 @@
+"""Photos in shards: the same images as from the folder, the cache of remote shards, and damaged shards."""
+
 import shutil
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,40 +14,22 @@ import torch
 from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
 
-from src.convert import convert
+from src.common.errors import UserError
 from src.data.stream_data import INDEX, StreamData
-from src.errors import UserError
-from tests.commands import run
-from tests.data.photo_folders import load, write_folder
-from tests.data.test_folder_data import assert_equal, by_index
-from tests.data.test_image_data import as_rank, batches, joined
-
-SHARD_BYTES = 6000
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 training and 15 test photos of 3 classes."""
-    return write_folder(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in a dozen shards or more."""
-    out = tmp_path_factory.mktemp("stream") / "made" / "shards"
-    convert(load(folder), out, SHARD_BYTES)
-    assert len(list(out.glob("train-*.tar"))) >= 12
-    return out
+from tests.helpers.batches import as_rank, assert_same_images, batches, images_by_index, indices_of
+from tests.helpers.photo_folders import load
 
 
 class Remote:
-    """Shards in an object storage; remembers what is fetched whole and what in parts."""
+    """Shards in a mocked object storage that counts accesses."""
 
     url = "memory://bucket/shards"
 
     def __init__(self) -> None:
         self.whole: Counter[str] = Counter()
+        """Downloads of each shard."""
         self.parts: Counter[str] = Counter()
+        """Photos that were read from each shard without downloading it."""
 
 
 @pytest.fixture
@@ -70,11 +53,12 @@ def remote(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
 
 
 def stream(root: Path | str, **options: Any) -> Any:
+    """Load a data module over shards."""
     return load(root, StreamData, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_show_what_the_folder_shows(folder: Path, shards: Path, workers: int) -> None:
+def test_shards_give_the_images_of_the_folder(folder: Path, shards: Path, workers: int) -> None:
     original, streamed = load(folder, val_size=6), stream(shards, val_size=6, workers=workers)
     assert streamed.class_names == original.class_names
     assert streamed.source.digest == original.source.digest
@@ -83,7 +67,7 @@ def test_shards_show_what_the_folder_shows(folder: Path, shards: Path, workers: 
     loader = streamed.train_dataloader()
     for epoch in (0, 1):
         seen = batches(loader, epoch)
-        assert_equal(by_index(seen), by_index(batches(original.train_dataloader(), epoch)))
+        assert_same_images(images_by_index(seen), images_by_index(batches(original.train_dataloader(), epoch)))
         for batch in seen:
             assert torch.equal(batch.target, original.source.train_labels[batch.index])
     for split in ("val", "test"):
@@ -92,68 +76,40 @@ def test_shards_show_what_the_folder_shows(folder: Path, shards: Path, workers: 
             assert torch.equal(ours.target, theirs.target)
 
 
-def test_the_order_is_one_of_an_epoch_for_any_number_of_devices(shards: Path) -> None:
+def test_the_order_depends_on_the_epoch_and_not_on_the_number_of_devices(shards: Path) -> None:
     alone = batches(stream(shards).train_dataloader(), 2)
     shares = [batches(as_rank(stream(shards), rank, 2).train_dataloader(), 2) for rank in range(2)]
     for whole, *parts in zip(alone, *shares, strict=True):
-        assert torch.equal(joined(parts).sort().values, whole.index.sort().values)
-    assert not torch.equal(joined(alone), joined(batches(stream(shards).train_dataloader(), 3)))
+        assert torch.equal(indices_of(parts).sort().values, whole.index.sort().values)
+    assert not torch.equal(indices_of(alone), indices_of(batches(stream(shards).train_dataloader(), 3)))
 
 
-def test_the_order_follows_the_shards_of_the_photos_that_are_trained_on(
-    shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_follows_the_shards_of_the_training_photos(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.data.views.BLOCKS_AT_ONCE", 1)
     data = stream(shards, train_size=30)
-    order = data.blocks[joined(batches(data.train_dataloader()))]
+    order = data.blocks[indices_of(batches(data.train_dataloader()))]
     assert len(order) == 30
     changes = int((order[1:] != order[:-1]).sum())
     assert changes == len(order.unique()) - 1
 
 
-def test_unpacked_shards_are_the_folder_again(folder: Path, shards: Path, tmp_path: Path) -> None:
-    for shard in shards.glob("*.tar"):
-        with tarfile.open(shard) as tar:
-            tar.extractall(tmp_path, filter="data")
-    contents = [
-        {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
-        for root in (folder, tmp_path)
-    ]
-    assert contents[0] == contents[1]
-
-
-def test_a_shard_holds_several_classes(shards: Path) -> None:
-    data = stream(shards)
-    classes = [len(data.source.train_labels[data.blocks == shard].unique()) for shard in data.blocks.unique()]
-    assert np.mean(classes) > 1.5
-
-
-def test_conversion_is_whole_or_not_at_all(folder: Path, tmp_path: Path) -> None:
-    own = Path(shutil.copytree(folder, tmp_path / "own"))
-    data = load(own)
-    (own / "val/cat/a.jpg").unlink()
-    with pytest.raises(UserError, match=r"val/cat/a\.jpg cannot be read"):
-        convert(data, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
-    with pytest.raises(UserError, match="own is there already"):
-        convert(load(folder), own)
-
-
-def test_each_shard_is_fetched_once(remote: Remote, folder: Path, tmp_path: Path) -> None:
+def test_each_shard_is_downloaded_once(remote: Remote, folder: Path, tmp_path: Path) -> None:
     data = stream(remote.url, cache=str(tmp_path / "cache"))
-    assert not remote.whole, "labels are known before a shard is fetched"
+    assert not remote.whole, "labels are known before a shard is downloaded"
     for epoch in (0, 1):
-        seen = by_index(batches(data.train_dataloader(), epoch))
-        assert_equal(seen, by_index(batches(load(folder).train_dataloader(), epoch)))
+        seen = images_by_index(batches(data.train_dataloader(), epoch))
+        assert_same_images(seen, images_by_index(batches(load(folder).train_dataloader(), epoch)))
     assert set(remote.whole.values()) == {1}
     assert not remote.parts
     assert {name for name in remote.whole if name.startswith("train")} == set(remote.whole)
     assert {file.name for file in tmp_path.glob("cache/*/*.tar")} == set(remote.whole)
     list(stream(remote.url, cache=str(tmp_path / "cache")).train_dataloader())
-    assert set(remote.whole.values()) == {1}, "another run finds them"
+    assert set(remote.whole.values()) == {1}, "another run finds them in the cache"
 
 
-def test_the_cache_stays_small(remote: Remote, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_stays_within_its_limit(
+    remote: Remote, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("src.data.views.BLOCKS_AT_ONCE", 2)
     limit = 60_000
     data = stream(remote.url, cache=str(tmp_path / "cache"), cache_gigabytes=limit / 1e9, batch_size=3)
@@ -163,30 +119,31 @@ def test_the_cache_stays_small(remote: Remote, folder: Path, tmp_path: Path, mon
         seen.append(batch)
         largest = max(largest, sum(file.stat().st_size for file in tmp_path.glob("cache/*/*.tar")))
     assert limit / 2 < largest <= limit
-    assert_equal(by_index(seen), by_index(batches(load(folder).train_dataloader())))
+    assert_same_images(images_by_index(seen), images_by_index(batches(load(folder).train_dataloader())))
     assert len(remote.whole) > len(list(tmp_path.glob("cache/*/*.tar")))
-    assert set(remote.whole.values()) == {1}, "a shard that is needed again soon was thrown away"
+    assert set(remote.whole.values()) == {1}, "a shard was deleted that was needed again soon"
 
 
 def test_workers_share_the_cache(remote: Remote, folder: Path, tmp_path: Path) -> None:
     data = stream(remote.url, cache=str(tmp_path / "cache"), workers=2)
-    assert_equal(by_index(batches(data.train_dataloader())), by_index(batches(load(folder).train_dataloader())))
+    streamed, original = (images_by_index(batches(loaded.train_dataloader())) for loaded in (data, load(folder)))
+    assert_same_images(streamed, original)
     assert len(list(tmp_path.glob("cache/*/*.tar"))) == len(data.blocks.unique())
     assert not list(tmp_path.glob("cache/*/*.part"))
 
 
-def test_a_shard_on_its_way_is_not_waited_for(remote: Remote, tmp_path: Path) -> None:
+def test_a_shard_that_another_process_downloads_is_read_remotely(remote: Remote, tmp_path: Path) -> None:
     data = stream(remote.url, cache=str(tmp_path / "cache"))
-    place = tmp_path / "cache" / data.files_digest[:16]
-    place.mkdir(parents=True)
-    with FileLock(place / "train-00000.lock"):
+    cache = tmp_path / "cache" / data.files_digest[:16]
+    cache.mkdir(parents=True)
+    with FileLock(cache / "train-00000.lock"):
         photos = data.photos["train"].read(range(42))
     assert photos == stream(remote.url, cache=str(tmp_path / "other")).photos["train"].read(range(42))
-    assert remote.whole["train-00000.tar"] == 1, "fetched by the second alone"
+    assert remote.whole["train-00000.tar"] == 1, "only the second data module downloads it"
     assert set(remote.parts) == {"train-00000.tar"}
 
 
-def test_held_out_photos_are_read_where_they_are(remote: Remote, folder: Path, tmp_path: Path) -> None:
+def test_held_out_photos_are_read_remotely(remote: Remote, folder: Path, tmp_path: Path) -> None:
     data = stream(remote.url, cache=str(tmp_path / "cache"), val_size=6)
     (ours,), (theirs,) = data.evaluation_loader("val"), load(folder, val_size=6).evaluation_loader("val")
     assert torch.equal(ours.images[0], theirs.images[0])
@@ -198,12 +155,12 @@ def test_held_out_photos_are_read_where_they_are(remote: Remote, folder: Path, t
 
 @pytest.fixture
 def own_shards(shards: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of `shards` that a test may change."""
     return Path(shutil.copytree(shards, tmp_path / "own"))
 
 
-def test_a_folder_without_index(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no index\.npz: make shards by python -m src\.convert"):
+def test_a_folder_without_an_index_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"has no index\.npz: make shards with python -m src\.convert"):
         stream(folder)
 
 
@@ -217,16 +174,16 @@ def test_a_folder_without_index(folder: Path) -> None:
     ],
     ids=["label", "length", "empty", "missing"],
 )
-def test_an_index_that_does_not_fit(own_shards: Path, change: dict[str, np.ndarray | None]) -> None:
+def test_an_inconsistent_index_is_refused(own_shards: Path, change: dict[str, np.ndarray | None]) -> None:
     with np.load(own_shards / INDEX) as arrays:
         index = {**arrays, **change}
     np.savez(own_shards / INDEX, **{key: value for key, value in index.items() if value is not None})
-    with pytest.raises(UserError, match=r"index\.npz is not what python -m src\.convert writes"):
+    with pytest.raises(UserError, match=r"index\.npz was not written by python -m src\.convert"):
         stream(own_shards)
 
 
-def test_a_damaged_index(own_shards: Path) -> None:
-    (own_shards / INDEX).write_bytes(b"PK no archive")
+def test_a_damaged_index_is_refused(own_shards: Path) -> None:
+    (own_shards / INDEX).write_bytes(b"PK not an archive")
     with pytest.raises(UserError, match=r"index\.npz cannot be read \("):
         stream(own_shards)
 
@@ -243,26 +200,9 @@ def test_a_damaged_shard_is_named(own_shards: Path, workers: int, damage: str) -
         list(stream(own_shards, workers=workers).train_dataloader())
 
 
-def test_a_storage_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_for_a_storage_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"data\.root=s3://bucket/shards cannot be opened here: Install s3fs"):
         stream("s3://bucket/shards")
     with pytest.raises(UserError, match="Protocol not known: nosuch"):
         stream("nosuch://bucket/shards")
-
-
-def test_the_command(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "shards"
-    ran = run("convert", f"data.root={folder}", f"out={out}")
-    assert ran.code == 0, ran.err
-    assert f"data=stream data.root={out}" in ran.out
-    assert stream(out).source.digest == load(folder).source.digest
-    again = run("convert", f"data.root={folder}", f"out={out}")
-    assert (again.code, again.err.strip()) == (
-        1,
-        f"error: out={out} is there already: choose another folder, or remove it.",
-    )
-    assert run("convert", f"data.root={folder}").code == 1
-    arrays = run("convert", "data=cifar100", f"out={tmp_path / 'other'}")
-    assert (arrays.code, arrays.err.count("\n")) == (1, 1)
-    assert "data=imagefolder" in arrays.err

@@ -1,3 +1,5 @@
+"""Random bits, orders and views: independent, uniform, and distributed as torchvision's."""
+
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ MASK = (1 << 64) - 1
 
 
 def splitmix(x: int) -> int:
-    """SplitMix64 in Python's integers."""
+    """Make one step of SplitMix64 with Python's integers."""
     x = (x + 0x9E3779B97F4A7C15) & MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
@@ -34,7 +36,7 @@ def splitmix(x: int) -> int:
 
 
 def noise(count: int, height: int = 8, width: int = 6) -> Tensor:
-    """Images whose crops are all different."""
+    """Make images whose crops are all different."""
     return torch.randint(1, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.manual_seed(0))
 
 
@@ -52,7 +54,7 @@ def test_the_mixer_is_splitmix64() -> None:
 @given(
     seed=st.integers(0, 2**62), epoch=st.integers(0, 1000), stream=st.integers(0, 5), order=st.permutations(range(12))
 )
-def test_bits_are_a_function_of_the_keys_alone(seed: int, epoch: int, stream: int, order: list[int]) -> None:
+def test_bits_depend_on_the_keys_only(seed: int, epoch: int, stream: int, order: list[int]) -> None:
     index = torch.arange(12) * 1009
     bits = random_bits(seed, epoch, index, stream)
     assert bits.dtype == torch.int64
@@ -79,12 +81,12 @@ def test_neighbouring_indices_give_independent_bits() -> None:
 
 
 def _assert_fair(bits: Tensor, sigmas: float) -> None:
-    """Each of the 63 bits is set in half of the numbers."""
+    """Check that each of the 63 bits is set in half of the numbers."""
     ones = torch.stack([(bits >> place & 1).double().mean() for place in range(63)])
     assert ((ones - 0.5).abs() < sigmas * 0.5 / len(bits) ** 0.5).all()
 
 
-def test_the_order_is_another_permutation_in_each_epoch() -> None:
+def test_each_epoch_has_a_different_order() -> None:
     orders = [epoch_order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(1000))
@@ -95,7 +97,7 @@ def test_the_order_is_another_permutation_in_each_epoch() -> None:
     assert max(fixed_points) < 10  # 1 is expected
 
 
-def test_the_order_without_blocks_is_that_of_random_bits() -> None:
+def test_the_order_without_blocks_sorts_the_random_bits() -> None:
     expected = torch.argsort(random_bits(3, 7, torch.arange(500), ORDER))
     assert torch.equal(epoch_order(3, 7, 500), expected)
 
@@ -104,7 +106,7 @@ def test_the_order_without_blocks_is_that_of_random_bits() -> None:
 @given(
     seed=st.integers(0, 2**62), epoch=st.integers(0, 500), blocks=st.lists(st.integers(0, 40), min_size=1, max_size=300)
 )
-def test_the_order_with_blocks_takes_a_few_at_a_time(seed: int, epoch: int, blocks: list[int]) -> None:
+def test_the_order_with_blocks_reads_few_blocks_at_a_time(seed: int, epoch: int, blocks: list[int]) -> None:
     of = torch.tensor(blocks) * 17
     order = epoch_order(seed, epoch, len(blocks), of)
     assert torch.equal(order.sort().values, torch.arange(len(blocks)))
@@ -112,16 +114,16 @@ def test_the_order_with_blocks_takes_a_few_at_a_time(seed: int, epoch: int, bloc
     first = {block: seen.index(block) for block in set(seen)}
     last = {block: len(seen) - 1 - seen[::-1].index(block) for block in set(seen)}
     at_once = [sum(first[block] <= place <= last[block] for block in first) for place in range(len(seen))]
-    assert max(at_once) <= 2 * BLOCKS_AT_ONCE  # a block that comes first may end last
+    assert max(at_once) <= 2 * BLOCKS_AT_ONCE  # the first block of a stretch may end last
 
 
-def test_the_order_with_blocks_is_another_in_each_epoch() -> None:
+def test_each_epoch_has_a_different_order_of_blocks() -> None:
     blocks = torch.arange(20_000) % 200
     orders = [epoch_order(seed, epoch, 20_000, blocks) for seed in (0, 1) for epoch in (0, 1)]
     ranks = np.stack([order.argsort().numpy() for order in orders]).astype(float)
-    assert np.abs(np.corrcoef(ranks) - np.eye(4)).max() < 0.3  # 200 blocks: the deviation is 0.07
+    assert np.abs(np.corrcoef(ranks) - np.eye(4)).max() < 0.3  # 200 blocks: a standard deviation of 0.07
     within = np.stack([order[blocks[order] == 7].argsort().numpy() for order in orders]).astype(float)
-    assert np.abs(np.corrcoef(within) - np.eye(4)).max() < 0.5  # 100 in a block: 0.1
+    assert np.abs(np.corrcoef(within) - np.eye(4)).max() < 0.5  # 100 images in a block: a standard deviation of 0.1
     batch = blocks[orders[0]][10_000:10_256]
     assert 10 <= len(batch.unique()) <= 2 * BLOCKS_AT_ONCE
 
@@ -139,11 +141,11 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
 
 
 KOLMOGOROV = 2.2
-"""Two samples of n values of one distribution are further apart than this by sqrt(2 / n) once in 8,000 times."""
+"""The distance of two samples of n values from one distribution exceeds this times sqrt(2 / n) once in 8,000 times."""
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference of two empirical distribution functions."""
+    """Compute the largest difference of two empirical distribution functions."""
     values = np.concatenate([a, b])
     below = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)]
     return float(np.abs(below[0] - below[1]).max())
@@ -180,7 +182,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 7), (7, 1), (30, 39), (39, 30)])
-def test_where_no_crop_fits_it_is_torchvisions_central_one(height: int, width: int) -> None:
+def test_if_no_crop_fits_the_central_crop_equals_torchvisions(height: int, width: int) -> None:
     scale = (1.5, 2.0)
     boxes, _ = boxes_of(50, height, width, scale)
     top, left, tall, wide = RandomResizedCrop.get_params(
@@ -195,7 +197,9 @@ def test_where_no_crop_fits_it_is_torchvisions_central_one(height: int, width: i
     seed=st.integers(0, 2**62),
     low=st.floats(0.001, 1),
 )
-def test_crops_lie_inside_and_do_not_depend_on_the_batch(sides: list[tuple[int, int]], seed: int, low: float) -> None:
+def test_crops_lie_inside_the_image_and_do_not_depend_on_the_batch(
+    sides: list[tuple[int, int]], seed: int, low: float
+) -> None:
     heights, widths = torch.tensor(sides).T
     views = random_bits(seed, 0, torch.arange(len(sides)), 1)
     boxes, mirrored = resized_crop_boxes(views, heights, widths, (low, 1.0), IMAGENET_RATIO)
@@ -230,7 +234,7 @@ def test_views_do_not_depend_on_the_batch(order: list[int], cut: int, view: int)
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(8, 6), (5, 9)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_numbers_run_through_torchvisions_views(
+def test_view_numbers_enumerate_torchvisions_views(
     padding: int, flip: bool, height: int, width: int, channels_last: bool
 ) -> None:
     image = noise(1, height, width)
@@ -249,7 +253,7 @@ def test_the_numbers_run_through_torchvisions_views(
     assert len({view.numpy().tobytes() for view in views}) == count
 
 
-def test_torchvisions_random_views_are_among_the_162() -> None:
+def test_torchvisions_random_views_are_among_our_162() -> None:
     image = noise(1, 32, 32)
     views = crop_and_flip(image.expand(162, -1, -1, -1), torch.arange(162), 4)
     torch.manual_seed(0)
@@ -281,7 +285,7 @@ def test_views_of_neighbouring_keys_are_uncorrelated(key: str) -> None:
     assert same < 2 / 162
 
 
-def test_normalise_is_torchvisions() -> None:
+def test_normalisation_equals_torchvisions() -> None:
     images, mean, std = noise(5), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
     expected = tv.normalize(tv.to_dtype(images, torch.float32, scale=True), list(mean), list(std))
     normalised = normalise(images, mean, std)

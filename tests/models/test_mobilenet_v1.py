@@ -1,10 +1,10 @@
-"""MobileNetV1 against the numbers that published checkpoints of it imply."""
+"""The sizes, names and features of MobileNetV1."""
 
 import torch
 from torch import nn
 
 from src.models.mobilenet_v1 import mobilenet_v1
-from src.models.network import shapes
+from src.models.network import measure_shapes
 
 
 def test_sizes_and_names_are_the_published_ones():
@@ -22,15 +22,15 @@ def test_sizes_and_names_are_the_published_ones():
 
 
 def test_features_are_the_last_outputs_of_each_resolution():
-    sizes = shapes(mobilenet_v1(10), (3, 224, 224))
+    sizes = measure_shapes(mobilenet_v1(10), (3, 224, 224))
     assert sizes.logits == 10
     assert sizes.pooled == 1024
     assert sizes.features == ((64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (1024, 7, 7))
-    assert shapes(mobilenet_v1(10), (3, 96, 64)).features[-1] == (1024, 3, 2)
+    assert measure_shapes(mobilenet_v1(10), (3, 96, 64)).features[-1] == (1024, 3, 2)
 
 
 @torch.no_grad()
-def test_logits_are_those_of_the_sequence_with_its_published_pooling():
+def test_logits_equal_those_of_the_published_sequence_of_layers():
     torch.manual_seed(0)
     network = mobilenet_v1(10).eval()
     images = torch.randn(2, 3, 224, 224)

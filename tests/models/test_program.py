@@ -1,4 +1,4 @@
-"""Programs answer as the network they were made of, and ask for nothing that they do not have."""
+"""Programs give the logits of the network that they were exported from. Other files are refused."""
 
 import copy
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.models.checkpoints import load_weights, weights_digest
-from src.models.network import shapes
+from src.models.network import measure_shapes
 from src.models.program import load_program
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -46,7 +46,7 @@ def write(form: str, network: nn.Module, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["script", "frozen", "export"])
-def test_a_program_answers_as_its_network(form: str, network: nn.Module, tmp_path: Path):
+def test_a_program_gives_the_logits_of_its_network(form: str, network: nn.Module, tmp_path: Path):
     program = load_program(write(form, network, tmp_path))
     for images in (IMAGES, torch.randn(5, 3, 16, 16)):
         torch.testing.assert_close(program(images), network(images))
@@ -54,12 +54,12 @@ def test_a_program_answers_as_its_network(form: str, network: nn.Module, tmp_pat
     assert torch.equal(output.logits, program(IMAGES))
     assert output.features == ()
     assert output.pooled.shape == (2, 0)
-    assert shapes(program, (3, 16, 16)) == (10, (), 0)
+    assert measure_shapes(program, (3, 16, 16)) == (10, (), 0)
     assert not output.logits.requires_grad
 
 
 @pytest.mark.parametrize("form", ["script", "export"])
-def test_no_mode_changes_its_answers(form: str, network: nn.Module, tmp_path: Path):
+def test_train_mode_does_not_change_a_program(form: str, network: nn.Module, tmp_path: Path):
     program = load_program(write(form, network, tmp_path))
     expected = program(IMAGES)
     assert program.train().training
@@ -71,7 +71,7 @@ def test_no_mode_changes_its_answers(form: str, network: nn.Module, tmp_path: Pa
 
 
 @pytest.mark.parametrize("form", ["script", "frozen", "export"])
-def test_the_digest_tells_programs_apart(form: str, network: nn.Module, tmp_path: Path):
+def test_different_programs_have_different_digests(form: str, network: nn.Module, tmp_path: Path):
     file = write(form, network, tmp_path)
     digest = weights_digest(load_program(file))
     assert weights_digest(load_program(file)) == digest
@@ -87,20 +87,20 @@ def test_weights_keep_their_names(form: str, network: nn.Module, tmp_path: Path)
     assert all(torch.equal(state[f"program.{name}"], value) for name, value in network.state_dict().items())
 
 
-def test_it_has_no_classifier_to_ask_for(network: nn.Module, tmp_path: Path):
+def test_a_program_has_no_classifier_layer(network: nn.Module, tmp_path: Path):
     program = load_program(write("script", network, tmp_path))
-    with pytest.raises(UserError, match=r"program .* has no classifier to ask for"):
+    with pytest.raises(UserError, match=r"program .* has no classifier layer"):
         _ = program.classifier_layer
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="no classifier to ask for"):
+    with pytest.raises(UserError, match="no classifier layer"):
         load_weights(program, tmp_path / "weights.pth")
 
 
-def test_a_program_for_one_shape_says_so(network: nn.Module, tmp_path: Path):
+def test_a_program_for_one_batch_size_refuses_another(network: nn.Module, tmp_path: Path):
     torch.export.save(torch.export.export(network, (IMAGES,)), tmp_path / "two.pt2")
     program = load_program(tmp_path / "two.pt2")
     program(IMAGES)
-    with pytest.raises(UserError, match=r"does not take \[3, 3, 16, 16\] \(Guard failed"):
+    with pytest.raises(UserError, match=r"does not accept images of shape \[3, 3, 16, 16\] \(Guard failed"):
         program(torch.randn(3, 3, 16, 16))
 
 
@@ -115,9 +115,9 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("module", [Pair(), nn.Identity(), Flat()], ids=lambda module: type(module).__name__)
-def test_what_answers_no_logits_is_refused(module: nn.Module, tmp_path: Path):
+def test_a_program_without_logits_is_refused(module: nn.Module, tmp_path: Path):
     program = load_program(write("script", module, tmp_path))
-    with pytest.raises(UserError, match=r"does not answer \[2, 3, 16, 16\] by logits"):
+    with pytest.raises(UserError, match=r"returns no logits \[B, C\] for images of shape \[2, 3, 16, 16\]"):
         program(IMAGES)
 
 
@@ -129,16 +129,16 @@ def test_damaged_files_are_refused(form: str, network: nn.Module, tmp_path: Path
     assert inside != content
     for damaged in (b"", b"hello", content[: len(content) // 2], content[:-1], inside):
         file.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{file.name} is damaged or no program") as error:
+        with pytest.raises(UserError, match=f"{file.name} is damaged or not a program") as error:
             load_program(file)
         assert "\n" not in str(error.value)
 
 
 def test_other_files_are_refused(network: nn.Module, tmp_path: Path):
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights\.pth is no program"):
+    with pytest.raises(UserError, match=r"weights\.pth is not a program"):
         load_program(tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         load_program(tmp_path / "nothing.pt")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         load_program(tmp_path)

@@ -1,4 +1,4 @@
-"""Networks of libraries come with weights, classes and preprocessing; what cannot be had is said in a sentence."""
+"""Networks of libraries come with weights, classes and preprocessing. Missing ones are reported in one sentence."""
 
 import re
 import sys
@@ -11,14 +11,14 @@ import torch
 import torchvision.models
 from torch import Tensor
 
+from src.common.errors import UserError
 from src.data.imagenet import WNIDS
-from src.errors import UserError
 from src.models import sources
 from src.models.checkpoints import weights_digest
 from src.models.sources import architecture, pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NAME = "mobilenet_v3_small"  # torchvision's smallest but for squeezenet
+NAME = "mobilenet_v3_small"  # the smallest of torchvision that ends in a linear layer
 TIMM = "test_resnet.r160_in1k"
 
 
@@ -33,7 +33,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torch's own, empty."""
+    """The empty cache of torch.hub."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -41,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(cache: Path, name: str, state: dict[str, Tensor], weights: str = "IMAGENET1K_V1") -> Path:
-    """A file under the name that torchvision looks for."""
+    """Write weights under the name that torchvision looks for."""
     file = cache / Path(torchvision.models.get_model_weights(name)[weights].url).name
     torch.save(state, file)
     return file
@@ -49,14 +49,14 @@ def put(cache: Path, name: str, state: dict[str, Tensor], weights: str = "IMAGEN
 
 @pytest.fixture
 def published(cache: Path) -> dict[str, Tensor]:
-    """What stands for published weights, in the cache."""
+    """Random weights in the cache, in place of the published ones."""
     torch.manual_seed(5)
     state = torchvision.models.get_model(NAME).state_dict()
     put(cache, NAME, state)
     return state
 
 
-def test_a_teacher_comes_with_its_weights_and_all_that_it_is_fed(published: dict[str, Tensor]):
+def test_a_teacher_comes_with_its_weights_classes_and_preprocessing(published: dict[str, Tensor]):
     network, mean, std, image_size, class_names = pretrained(f"torchvision/{NAME}")
     state = network.state_dict()
     assert list(state) == list(published)
@@ -65,7 +65,7 @@ def test_a_teacher_comes_with_its_weights_and_all_that_it_is_fed(published: dict
     assert network.classifier_layer.out_features == 1000
 
 
-def test_a_student_gets_a_fresh_classifier_and_keeps_all_else(published: dict[str, Tensor]):
+def test_another_number_of_classes_replaces_only_the_classifier(published: dict[str, Tensor]):
     found = pretrained(f"torchvision/{NAME}", 7)
     state = found.network.state_dict()
     head = ["classifier.3.weight", "classifier.3.bias"]
@@ -75,7 +75,7 @@ def test_a_student_gets_a_fresh_classifier_and_keeps_all_else(published: dict[st
     assert found.network(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
-def test_its_own_number_of_classes_keeps_the_classifier(published: dict[str, Tensor]):
+def test_the_same_number_of_classes_keeps_the_classifier(published: dict[str, Tensor]):
     found = pretrained(f"torchvision/{NAME}", 1000)
     assert torch.equal(found.network.classifier_layer.weight, published["classifier.3.weight"])
     assert found.class_names == WNIDS
@@ -98,7 +98,7 @@ def test_weights_without_a_first_version_are_the_librarys_default():
         assert pretrained("torchvision/vit_h_14", download=False).image_size == 518
 
 
-def test_images_of_the_size_of_the_weights_fit():
+def test_the_image_size_is_that_of_the_chosen_weights():
     with torch.device("meta"):
         network, _, _, size, _ = pretrained("torchvision/vit_b_16/IMAGENET1K_SWAG_E2E_V1", download=False)
         assert size == 384
@@ -107,7 +107,7 @@ def test_images_of_the_size_of_the_weights_fit():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_weights_of_models_that_are_trained_with_helpers(cache: Path):
+def test_weights_of_auxiliary_heads_are_left_out(cache: Path):
     torch.manual_seed(0)
     model = torchvision.models.googlenet(init_weights=False, transform_input=True, aux_logits=True).eval()
     put(cache, "googlenet", model.state_dict())
@@ -119,7 +119,7 @@ def test_weights_of_models_that_are_trained_with_helpers(cache: Path):
 
 
 @pytest.mark.slow
-def test_weights_under_old_names(cache: Path):
+def test_weights_under_old_names_are_renamed(cache: Path):
     state = torchvision.models.densenet121().state_dict()
     old = {re.sub(r"(denselayer\d+\.(norm|relu|conv))(\d)", r"\1.\3", name): value for name, value in state.items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
@@ -146,7 +146,8 @@ class Hostile:
         return open, (str(self.marker), "w")
 
 
-def refused(source: str, match: str, **options: Any) -> str:
+def refusal(source: str, match: str, **options: Any) -> str:
+    """Check that the source is refused in one line, and return the message."""
     with pytest.raises(UserError, match=match) as error:
         pretrained(source, **options)
     message = str(error.value)
@@ -156,44 +157,46 @@ def refused(source: str, match: str, **options: Any) -> str:
 
 
 def test_no_connection_and_no_cache_is_one_sentence(cache: Path):
-    message = refused(f"torchvision/{NAME}", rf"weights of torchvision/{NAME} cannot be had \(URLError: .*no network")
+    message = refusal(
+        f"torchvision/{NAME}", rf"weights of torchvision/{NAME} are not available \(URLError: .*no network"
+    )
     assert f"put https://download.pytorch.org/models/{NAME}-" in message
     assert message.endswith(f"into {cache}.")
 
 
-def test_files_in_the_cache_that_do_not_fit_or_would_run_are_refused(cache: Path, tmp_path: Path):
+def test_damaged_hostile_and_other_files_in_the_cache_are_refused(cache: Path, tmp_path: Path):
     marker = tmp_path / "executed"
     file = put(cache, NAME, {"x": Hostile(marker)})  # type: ignore[dict-item]
-    refused(f"torchvision/{NAME}", r"cannot be had \(UnpicklingError")
+    refusal(f"torchvision/{NAME}", r"are not available \(UnpicklingError")
     assert not marker.exists()
     file.write_bytes(b"half a file")
-    refused(f"torchvision/{NAME}", "cannot be had")
+    refusal(f"torchvision/{NAME}", "are not available")
     put(cache, NAME, torchvision.models.mobilenet_v2().state_dict())
-    refused(f"torchvision/{NAME}", r"cannot be had \(RuntimeError: Error.* in loading state_dict")
+    refusal(f"torchvision/{NAME}", r"are not available \(RuntimeError: Error.* in loading state_dict")
 
 
 @pytest.mark.parametrize(
     ("source", "match"),
     [
-        ("keras/resnet18", "keras/resnet18 is of no known library: give torchvision/NAME or timm/NAME"),
-        ("resnet18", "resnet18 is of no known library"),
-        ("torchvision/resnet19", "there is no 'resnet19', near it are resnet18, "),
-        ("torchvision/", r"there is no ''\."),
-        ("torchvision/fcn_resnet50", "there is no 'fcn_resnet50', near it are "),
-        ("torchvision/resnet18/IMAGENET1K_V2", "there is no 'IMAGENET1K_V2', near it are IMAGENET1K_V1"),
+        ("keras/resnet18", "keras/resnet18 does not name a known library: give torchvision/NAME or timm/NAME"),
+        ("resnet18", "resnet18 does not name a known library"),
+        ("torchvision/resnet19", r"there is no 'resnet19'\. Similar names are resnet18, "),
+        ("torchvision/", r"there is no ''\.$"),
+        ("torchvision/fcn_resnet50", r"there is no 'fcn_resnet50'\. Similar names are "),
+        ("torchvision/resnet18/IMAGENET1K_V2", r"there is no 'IMAGENET1K_V2'\. Similar names are IMAGENET1K_V1"),
         ("torchvision/squeezenet1_1", "SqueezeNet does not end in one linear layer"),
     ],
 )
 def test_unknown_names_are_refused(source: str, match: str):
-    refused(source, match, download=False)
+    refusal(source, match, download=False)
 
 
-# --------------------------------------------------------------------------------------------------------------- timm
+# ----------------------------------------------------------------------------------------------------------------- timm
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Hugging Face's own cache, empty, without a connection."""
+    """The empty cache of Hugging Face, without a connection."""
     pytest.importorskip("timm")
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -202,7 +205,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put_timm(hub: Path) -> dict[str, Tensor]:
-    """Weights under the names that timm looks for."""
+    """Write random weights under the names that timm looks for."""
     import timm
     from safetensors.torch import save_file
 
@@ -217,7 +220,7 @@ def put_timm(hub: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", [TIMM, "test_resnet"])
-def test_a_teacher_of_timm_comes_from_its_cache(name: str, hub: Path):
+def test_weights_of_timm_come_from_its_cache(name: str, hub: Path):
     published = put_timm(hub)
     found = pretrained(f"timm/{name}")
     state = found.network.state_dict()
@@ -226,7 +229,7 @@ def test_a_teacher_of_timm_comes_from_its_cache(name: str, hub: Path):
     assert found[1:] == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 160, WNIDS)
 
 
-def test_a_student_of_timm_gets_a_fresh_classifier_and_keeps_all_else(hub: Path):
+def test_another_number_of_classes_replaces_only_the_classifier_of_timm(hub: Path):
     published = put_timm(hub)
     found = pretrained(f"timm/{TIMM}", 7)
     state = found.network.state_dict()
@@ -236,15 +239,15 @@ def test_a_student_of_timm_gets_a_fresh_classifier_and_keeps_all_else(hub: Path)
     assert found.class_names is None
 
 
-def test_timm_without_download_or_connection(hub: Path):
+def test_timm_works_without_download_and_reports_a_missing_connection(hub: Path):
     found = pretrained(f"timm/{TIMM}", download=False)
     assert found[1:] == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 160, WNIDS)
     assert architecture(f"timm/{TIMM}", 5).classifier_layer.out_features == 5
-    message = refused(f"timm/{TIMM}", rf"weights of timm/{TIMM} cannot be had \(")
+    message = refusal(f"timm/{TIMM}", rf"weights of timm/{TIMM} are not available \(")
     assert "HF_HOME" in message
 
 
-def test_classes_of_other_weights_are_not_named():
+def test_only_weights_for_imagenets_1000_classes_have_class_names():
     pytest.importorskip("timm")
     with torch.device("meta"):
         found = pretrained("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", download=False)
@@ -258,8 +261,8 @@ def test_classes_of_other_weights_are_not_named():
 @pytest.mark.parametrize(
     ("source", "match", "download"),
     [
-        ("timm/resnet19", "there is no 'resnet19', near it are resnet18", False),
-        ("timm/resnet18.a9_in1k", r"there is no 'resnet18\.a9_in1k', near it are resnet18\.a", False),
+        ("timm/resnet19", r"there is no 'resnet19'\. Similar names are resnet18", False),
+        ("timm/resnet18.a9_in1k", r"there is no 'resnet18\.a9_in1k'\. Similar names are resnet18\.a", False),
         ("timm/hf-hub:somebody/something", "there is no 'hf-hub:somebody/something'", False),
         ("timm/local-dir:/somewhere", "there is no 'local-dir:/somewhere'", False),
         ("timm/coatnet_0_224", "timm has no weights for coatnet_0_224", True),
@@ -268,10 +271,10 @@ def test_classes_of_other_weights_are_not_named():
 )
 def test_unknown_names_of_timm_are_refused(source: str, match: str, download: bool):
     pytest.importorskip("timm")
-    refused(source, match, download=download)
+    refusal(source, match, download=download)
 
 
-def test_missing_timm_is_named_before_anything_else(monkeypatch: pytest.MonkeyPatch):
+def test_missing_timm_is_reported_before_any_other_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    refused("timm/anything", "needs timm: pip install timm")
+    refusal("timm/anything", "needs the package timm: pip install timm")
     assert sources.LIBRARIES == ("torchvision", "timm")

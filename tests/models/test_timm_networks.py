@@ -1,4 +1,4 @@
-"""timm's models as networks: the same answers under the same names."""
+"""Classifiers of timm as networks: the same logits and the same names."""
 
 import copy
 import sys
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.models.timm_networks import TimmNetwork, import_timm
 
-MODELS = {  # all of timm's tiny ones for 160 pixels: channels x size of the features of 96
+MODELS = {  # timm's test networks: channels x size of each of the features, for images of 96 pixels
     "test_resnet": "32x48 32x24 48x12 192x6 96x3",
     "test_convnext": "24x24 32x12 48x6 64x3",
     "test_efficientnet": "16x48 24x24 32x12 48x6 64x3",
@@ -19,7 +19,7 @@ MODELS = {  # all of timm's tiny ones for 160 pixels: channels x size of the fea
 
 @pytest.mark.parametrize("name", [*MODELS, "test_vit"])
 @torch.no_grad()
-def test_answers_and_names_are_the_librarys(name: str):
+def test_logits_and_names_match_timm(name: str):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()
@@ -41,17 +41,17 @@ def test_answers_and_names_are_the_librarys(name: str):
 
 
 @torch.no_grad()
-def test_features_are_timms_own():
+def test_features_are_the_intermediates_of_timm():
     timm = pytest.importorskip("timm")
-    network = TimmNetwork(timm.create_model("test_resnet")).eval()
+    network: Any = TimmNetwork(timm.create_model("test_resnet")).eval()
     images = torch.randn(1, 3, 96, 96)
     expected = network.model.forward_intermediates(images, intermediates_only=True)
     assert all(map(torch.equal, network.forward_features(images).features, expected))
 
 
-def test_train_mode_reaches_what_the_model_does_by_itself():
+def test_train_mode_reaches_the_models_own_code():
     timm = pytest.importorskip("timm")
-    # Dropout is a function in its forward_head, no module.
+    # The model's forward_head calls dropout as a function. There is no dropout module.
     network: Any = TimmNetwork(timm.create_model("test_resnet", drop_rate=0.5))
     final = torch.randn(4, 96, 2, 2)
     assert torch.equal(network.eval().model.forward_head(final), network.model.forward_head(final))
@@ -62,7 +62,7 @@ def test_train_mode_reaches_what_the_model_does_by_itself():
     ("name", "message"),
     [("resnetv2_50x1_bit", "does not end in one linear layer"), ("crossvit_9_240", "does not end in one linear layer")],
 )
-def test_other_classifiers_are_refused(name: str, message: str):
+def test_classifiers_other_than_a_linear_layer_are_refused(name: str, message: str):
     timm = pytest.importorskip("timm")
     with torch.device("meta"), pytest.raises(UserError, match=message):
         TimmNetwork(timm.create_model(name))
@@ -70,11 +70,11 @@ def test_other_classifiers_are_refused(name: str, message: str):
 
 def test_a_network_without_classifier_is_refused():
     timm = pytest.importorskip("timm")
-    with pytest.raises(UserError, match="ResNet has no classifier of its own: give it a number of classes"):
+    with pytest.raises(UserError, match="ResNet has no classifier of its own: give a number of classes"):
         TimmNetwork(timm.create_model("test_resnet", num_classes=0))
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"teacher\.source=timm/\.\.\. needs timm: pip install timm"):
+    with pytest.raises(UserError, match="timm/NAME needs the package timm: pip install timm"):
         import_timm()

@@ -1,4 +1,4 @@
-"""torchvision's models as networks: the same answers under the same names, and features that are told on request."""
+"""Classifiers of torchvision as networks: the same logits, the same names, and features on request."""
 
 import copy
 import pickle
@@ -6,19 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 import torchvision.models
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
-from src.errors import UserError
+from src.common.errors import UserError
 from src.models.checkpoints import load_weights, save_weights, weights_digest
-from src.models.network import Network, shapes
-from src.models.torchvision_networks import LibraryNetwork, TorchvisionNetwork, resnet18, resnet34, resnet50
+from src.models.network import Network
+from src.models.torchvision_networks import LibraryNetwork, TorchvisionNetwork, last_map, resnet18
 
 
 def small_vit(num_classes: int) -> VisionTransformer:
@@ -36,8 +34,8 @@ def small_convnext(num_classes: int) -> ConvNeXt:
 SMALL: dict[str, Callable[[int], nn.Module]] = {"vit": small_vit, "swin": small_swin, "convnext": small_convnext}
 
 
-def make(name: str) -> tuple[Any, TorchvisionNetwork]:
-    """A plain model of 10 classes, and the network of a copy of it."""
+def make(name: str) -> tuple[Any, Any]:
+    """Make a model of 10 classes, and the network of a copy of it."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     small = SMALL.get(name)
@@ -45,38 +43,7 @@ def make(name: str) -> tuple[Any, TorchvisionNetwork]:
     return model.eval(), TorchvisionNetwork(copy.deepcopy(model)).eval()
 
 
-@pytest.mark.parametrize(
-    ("build", "parameters", "keys", "widths"),
-    [
-        (resnet18, 11_689_512, 122, (64, 64, 128, 256, 512)),
-        (resnet34, 21_797_672, 218, (64, 64, 128, 256, 512)),
-        (resnet50, 25_557_032, 320, (64, 256, 512, 1024, 2048)),
-    ],
-)
-def test_published_resnets(build: Callable[[], Network], parameters: int, keys: int, widths: tuple[int, ...]):
-    with torch.device("meta"):
-        network = build()
-        sizes = shapes(network, (3, 224, 224))
-    names = list(network.state_dict())
-    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
-    assert len(names) == keys
-    assert names[0] == "conv1.weight"
-    assert names[-2:] == ["fc.weight", "fc.bias"]
-    assert sizes.features == tuple(zip(widths, (112, 56, 28, 14, 7), (112, 56, 28, 14, 7), strict=True))
-    assert sizes.pooled == widths[-1]
-    assert sizes.logits == 1000
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "mobilenetv1"])
-def test_networks_of_the_configuration_have_imagenets_classes(name: str):
-    node = OmegaConf.load(Path(__file__).parents[2] / "conf" / "network" / "imagenet" / f"{name}.yaml")
-    assert node.name == name
-    with torch.device("meta"):
-        network = hydra.utils.get_object(node._target_)()
-        assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)
-
-
-# Image size, classifier, and channels x size of the features.
+# Image size, name of the classifier, and channels x size of each of the features.
 MODELS = {
     "resnet18": (64, "fc", "64x32 64x16 128x8 256x4 512x2"),
     "vgg11": (64, "classifier.6", "64x64 128x32 256x16 512x8 512x4"),
@@ -98,7 +65,7 @@ HEAVY = ("vgg11", "densenet121", "efficientnet_b0", "googlenet")
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in MODELS]
 )
 @torch.no_grad()
-def test_answers_and_names_are_the_librarys(name: str):
+def test_logits_and_names_match_torchvision(name: str):
     size, classifier, features = MODELS[name]
     model, network = make(name)
     state = model.state_dict()
@@ -132,7 +99,7 @@ def test_features_of_a_resnet_are_its_stages_after_relu():
 
 
 @torch.no_grad()
-def test_features_of_a_swin_are_its_stages_with_channels_first():
+def test_features_of_a_swin_transformer_are_its_stages_with_channels_first():
     model, network = make("swin")
     x, expected = torch.randn(2, 3, 64, 64), []
     features = network.forward_features(x).features
@@ -155,7 +122,7 @@ def test_features_of_a_vit_are_the_tokens_of_its_patches():
     assert torch.equal(output.pooled, tokens[:, 0])
 
 
-def test_logits_alone_ask_for_no_features():
+def test_a_call_for_logits_registers_no_hooks():
     _, network = make("resnet18")
     seen = []
     network.layer2.register_forward_hook(lambda *_: seen.append(len(network.layer1._forward_hooks)))
@@ -170,14 +137,14 @@ def test_logits_alone_ask_for_no_features():
     assert not network.fc._forward_pre_hooks
 
 
-def test_no_hook_is_left_where_the_model_raises():
+def test_hooks_are_removed_if_the_model_raises():
     _, network = make("vit")
     with pytest.raises(AssertionError, match="image height"):
         network.forward_features(torch.zeros(1, 3, 16, 16))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
-def test_files_are_exchanged_with_the_library(tmp_path: Path):
+def test_checkpoints_load_in_both_directions(tmp_path: Path):
     model, network = make("resnet18")
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     other = resnet18(10)
@@ -191,13 +158,13 @@ def test_files_are_exchanged_with_the_library(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["resnet18", "vit"])
 @torch.no_grad()
-def test_copies_share_nothing_with_the_original(name: str):
+def test_copies_share_no_parameters_with_the_original(name: str):
     _, network = make(name)
     digest = weights_digest(network)
     for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         for parameter in other.parameters():
             parameter.zero_()
-        assert not other(torch.randn(1, 3, 32, 32)).any(), "the copied model has the copied parameters"
+        assert not other(torch.randn(1, 3, 32, 32)).any(), "the copied model uses other parameters than the copy"
         assert weights_digest(network) == digest
 
 
@@ -223,7 +190,7 @@ class Scaled(nn.Module):
         return self.head(images.mean((2, 3))) * self.scale * self.table
 
 
-def test_buffers_of_the_model_itself_are_the_networks():
+def test_the_network_shares_the_models_own_buffers():
     network = LibraryNetwork(model := Scaled(), model.head)
     assert list(network.state_dict()) == ["scale", "head.weight", "head.bias"]
     network.load_state_dict({**network.state_dict(), "scale": torch.zeros(1)})
@@ -237,7 +204,7 @@ class Holder(nn.Module):
         self.student = student
 
 
-def test_parameters_are_listed_once_inside_another_module():
+def test_parameters_are_listed_only_once_inside_another_module():
     model, network = make("resnet18")
     held = Holder(network)
     assert list(held.state_dict()) == [f"student.{name}" for name in model.state_dict()]
@@ -249,3 +216,19 @@ def test_parameters_are_listed_once_inside_another_module():
 def test_convolutional_classifiers_are_refused():
     with pytest.raises(UserError, match="SqueezeNet does not end in one linear layer"):
         TorchvisionNetwork(torchvision.models.squeezenet1_1())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "found"),
+    [
+        ([(2, 8, 4, 4), (2, 5, 2, 2)], True),
+        ([(2, 5, 4, 4), (2, 8, 2, 2)], False),
+        ([(2, 5, 4)], False),
+        ([], False),
+    ],
+    ids=["same width", "other width", "no map", "no features"],
+)
+def test_the_last_map_must_have_the_width_of_the_classifier(shapes: list[tuple[int, ...]], found: bool):
+    maps = [torch.zeros(shape) for shape in shapes]
+    unpooled = last_map(maps, torch.zeros(2, 5))
+    assert unpooled is (maps[-1] if found else None)

@@ -1,0 +1,197 @@
+"""The tables of a report."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+
+import numpy as np
+
+from src.analysis.answered import Answered
+from src.analysis.class_relations import hierarchy, likeness
+from src.analysis.document import Table
+from src.analysis.published import NOTE as PUBLISHED_NOTE
+from src.analysis.published import published
+from src.analysis.relations_of_runs import class_matrices, serial_layers
+from src.analysis.results import Finished, Unfinished, spread
+from src.analysis.statistics import CONFIDENCE, compare_paired, correct_for_multiplicity
+from src.common.errors import UserError
+from src.runs.result import RunRecord, read_record
+
+Groups = Mapping[str, Sequence[Finished]]
+"""Repetitions by the name of their setting."""
+NOTE = (
+    "top-1, top-5 and ECE (in %) and NLL (in nats): test images, last epoch, mean +- standard deviation over n seeds. "
+    "best: top-1 of the best epoch, chosen with hindsight, on held-out images if there are some. agree: % of the test "
+    "images that get the teacher's class. size: parameters. time: training of this network on the machine that ran it."
+)
+HIERARCHY_NOTES = {
+    "hierarchy": (
+        "hierarchy: AUC, the probability that two classes of one superclass are related more strongly than two classes "
+        "of different superclasses. Chance level is 0.5."
+    ),
+    "teacher": "teacher: Spearman's correlation with the teacher's confusion.",
+}
+PERMUTATION_NOTE = "p: share of permutations of the classes that reach the value."
+
+
+def results_table(groups: Groups) -> Table:
+    """Make one row per setting. Empty columns are dropped."""
+    columns: dict[str, Callable[[Sequence[Finished]], str]] = {
+        "n": lambda runs: str(len(runs)),
+        "top-1": lambda runs: _test(runs, "accuracy"),
+        "best": _best,
+        "published": lambda runs: str(published(runs[0]) or "-"),
+        "top-5": lambda runs: _test(runs, "top5"),
+        "NLL": lambda runs: _test(runs, "nll", 1),
+        "ECE": lambda runs: _test(runs, "ece"),
+        "agree": lambda runs: _test(runs, "agreement"),
+        "size": lambda runs: f"{runs[0].result.parameters.student / 1000:,.0f}k",
+        "time": lambda runs: f"{mean(run.result.seconds for run in runs):.0f} s",
+    }
+    cells = {name: [cell(runs) for runs in groups.values()] for name, cell in columns.items()}
+    kept = {"network": list(groups), **_without_empty(cells)}
+    caption = f"{NOTE} {PUBLISHED_NOTE}" if "published" in kept else NOTE
+    return Table(caption, list(kept), list(zip(*kept.values(), strict=True)))
+
+
+def _test(runs: Sequence[Finished], name: str, factor: float = 100) -> str:
+    measured = [getattr(run.result.test, name) for run in runs]
+    values = [factor * value for value in measured if value is not None]
+    return spread(values, 2 if factor == 1 else 1) if values else "-"
+
+
+def _best(runs: Sequence[Finished]) -> str:
+    values = [100 * run.result.best_epoch.accuracy for run in runs if run.result.best_epoch]
+    return spread(values, 1) if values else "-"
+
+
+def pair_tables(groups: Groups) -> list[Table]:
+    """Make tables of methods by pairs: accuracy after the last epoch, of the best epoch, and as published.
+
+    Returns an empty list for a single pair.
+    """
+    taught = list(dict.fromkeys(runs[0].pair for runs in groups.values() if runs[0].result.teacher))
+    if len(taught) < 2:
+        return []
+    cells: dict[str, dict[str, Sequence[Finished]]] = {}
+    for runs in groups.values():
+        run = runs[0]
+        for pair in [run.pair] if run.result.teacher else [p for p in taught if p.endswith(f" to {run.pair}")]:
+            row = run.label if pair not in cells.get(run.label, {}) else f"{run.label} {run.folder.name[-8:]}"
+            cells.setdefault(row, {})[pair] = runs
+
+    def table(caption: str, cell: Callable[[Sequence[Finished]], str]) -> Table:
+        rows = [[label, *(cell(of[pair]) if pair in of else "" for pair in taught)] for label, of in cells.items()]
+        return Table(caption, ["method", *taught], rows)
+
+    return [
+        table("Top-1 after the last epoch, in % (n seeds).", lambda runs: f"{_test(runs, 'accuracy')} ({len(runs)})"),
+        table("Top-1 of the best epoch, chosen with hindsight, in %.", _best),
+        table(PUBLISHED_NOTE, lambda runs: str(published(runs[0]) or "")),
+    ]
+
+
+def comparison_table(groups: Groups, against: str | None) -> Table | None:
+    """Compare every two settings of the same student by seed.
+
+    With `against`, only the comparisons with that method are made. Returns None without comparisons.
+    """
+    comparisons = []
+    for (other, others), (one, ones) in itertools.combinations(groups.items(), 2):
+        methods = {ones[0].result.method, others[0].result.method}
+        if ones[0].result.student != others[0].result.student or (against and against not in methods):
+            continue
+        values = [{run.result.seed: run.accuracy for run in runs} for runs in (ones, others)]
+        comparisons.append(compare_paired(one, other, *values))
+    if not comparisons:
+        return None
+    rows = [
+        [f"{c.one} minus {c.other}", f"{c.difference:+.2f}", _p_value(c.p), _p_value(c.corrected_p), c.verdict]
+        for c in correct_for_multiplicity(comparisons)
+    ]
+    caption = (
+        "Differences in top-1 after the last epoch, paired by seed. points: mean difference in percentage points. p: "
+        "p-value of the paired t-test. corrected p: the same after correction for the number of comparisons "
+        f"({sum(not np.isnan(c.p) for c in comparisons)}; Benjamini and Yekutieli). verdict: with the "
+        f"{100 * CONFIDENCE:.0f} % interval of the mean. This covers the chance of the seed, not that of the data."
+    )
+    return Table(caption, ["compared", "points", "p", "corrected p", "verdict"], rows, sentences=True)
+
+
+def _p_value(value: float) -> str:
+    """Write a p-value with three digits.
+
+    >>> _p_value(0.0421), _p_value(0.00002), _p_value(float("nan"))
+    ('0.042', '<0.001', '-')
+    """
+    if np.isnan(value):
+        return "-"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
+
+
+def hierarchy_table(groups: Groups, answered: Mapping[str, Answered]) -> Table | None:
+    """Compare each serial layer, and each confusion matrix, with the superclasses and with the teacher's confusion.
+
+    Rows and columns without a value are dropped. Returns None if nothing is left.
+    """
+    rows = []
+    for name, run, weight in serial_layers(groups):
+        superclasses = run.result.superclasses
+        matrices = class_matrices(weight, answered.get(name))
+        teacher = next((matrix for title, matrix in matrices.items() if title.startswith("Teacher")), None)
+        for title, matrix in matrices.items():
+            measures = (
+                hierarchy(matrix, superclasses) if superclasses else None,
+                None if teacher is None or teacher is matrix else likeness(matrix, teacher),
+            )
+            cells = ["-" if each is None else f"{each.value:.2f} (p {each.p:.4f})" for each in measures]
+            if any(measures):
+                rows.append([name, title, *cells])
+    if not rows:
+        return None
+    columns = dict(zip(("network", "relations", "hierarchy", "teacher"), zip(*rows, strict=True), strict=True))
+    kept = _without_empty(columns)
+    explained = " ".join(text for column, text in HIERARCHY_NOTES.items() if column in kept)
+    caption = f"Relations between classes, in any sign and direction. {explained} {PERMUTATION_NOTE}"
+    return Table(caption, list(kept), list(zip(*kept.values(), strict=True)))
+
+
+def _without_empty(columns: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Drop the columns without a value.
+
+    >>> _without_empty({"top-1": ["70.1", "-"], "agree": ["-", "-"]})
+    {'top-1': ['70.1', '-']}
+    """
+    return {name: column for name, column in columns.items() if set(column) != {"-"}}
+
+
+def unfinished_table(others: Sequence[Unfinished], root: str) -> Table:
+    """List the folders that do not count, relative to `root`, with the reason."""
+    rows = [[str(other.folder.relative_to(root)), other.state, other.detail] for other in others]
+    return Table("Folders that do not count, and the reason.", ["folder", "state", "why"], rows, sentences=True)
+
+
+def notes(groups: Groups) -> list[str]:
+    """Name the teachers, the missing seeds of each setting, and the code that made the runs."""
+    runs = [run for repeated in groups.values() for run in repeated]
+    taught = {run.result.student for run in runs if run.result.teacher}
+    seeds = sorted({run.result.seed for run in runs if run.result.student in taught})
+    teachers = {f"{t.name} ({100 * t.accuracy:.2f} %)" for run in runs if (t := run.result.teacher)}
+    lines = [f"Teacher: {', '.join(sorted(teachers))}."] if teachers else []
+    for name, repeated in groups.items():
+        missing = [seed for seed in seeds if seed not in {run.result.seed for run in repeated}]
+        if missing and repeated[0].result.student in taught:
+            lines.append(
+                f"{name}: no finished run with seed {', '.join(map(str, missing))}, which other settings have."
+            )
+    made_by = {version for run in runs if (version := _version(run))}
+    return [*lines, f"Made by {'; '.join(sorted(made_by))}."] if made_by else lines
+
+
+def _version(run: Finished) -> str:
+    """Name the code version and the torch version of a run, from its run.json. Returns "" if it cannot be read."""
+    try:
+        versions = read_record(RunRecord, run.folder / "run.json").versions
+    except (OSError, UserError):
+        return ""
+    return f"code {versions.get('commit', 'without a commit')}, torch {versions.get('torch', '?')}"

@@ -1,0 +1,53 @@
+"""Resolvers: functions that `conf/` calls as `${name:arguments}`. Importing this module registers them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+
+def scaled(epoch: int, of: int, epochs: int) -> int:
+    """Scale an epoch of a published schedule of `of` epochs to the same fraction of `epochs`.
+
+    >>> scaled(150, 240, 20)
+    12
+    """
+    return round(epoch * epochs / of)
+
+
+def stem(path: str | None, default: str) -> str:
+    """Return the name of a file or folder without its suffix, or `default` if there is no path.
+
+    >>> stem("photos/birds.npz", "arrays")
+    'birds'
+    """
+    return default if path is None else Path(path).stem or default
+
+
+def of_pair(constant: str, default: Any, *, _parent_: Any, _root_: Any) -> Any:
+    """Look up a method's constant for the configured pair in the method's table `pairs`, with a default.
+
+    With `standardize_logits=true`, the method's table `standardized` takes precedence. A pair without a row of its own
+    in that table gets its row `default`.
+    """
+    pairs = _parent_.get("pairs") or {}
+    found = {constant: default, **pairs.get(_root_.model.name, {})}
+    if _root_.standardize_logits and (standardized := _parent_.get("standardized")):
+        found |= {**standardized.default, **standardized.get(_root_.model.name, {})}
+    return found[constant]
+
+
+def processors() -> int:
+    """Count the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def terminal() -> bool:
+    """Return whether messages go to a terminal."""
+    return sys.stderr.isatty()
+
+
+for resolver in (scaled, stem, of_pair, processors, terminal):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

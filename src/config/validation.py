@@ -1,0 +1,63 @@
+"""Validate a composed configuration before any work starts."""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pydantic
+from omegaconf import DictConfig, OmegaConf
+
+from src.common.errors import UserError
+from src.config.instantiate import reason
+from src.config.schema import MethodOptions, NetworkOptions, TrainerOptions, data_schema
+
+UNTYPED_NODES: dict[str, tuple[Any, str]] = {
+    "trainer": (TrainerOptions, "conf/trainer"),
+    "model.student": (NetworkOptions, "conf/network"),
+    "model.teacher": (NetworkOptions, "conf/network"),
+    "method": (MethodOptions, "conf/method"),
+    "also": (MethodOptions, "conf/method"),
+    "teacher.method": (MethodOptions, "conf/method"),
+}
+"""Nodes that Hydra composes without a schema, with the schema that validates them and the folder of their files."""
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raise `UserError` if an option has an invalid value, if a key is missing, or if two options contradict."""
+    for option, (schema, folder) in UNTYPED_NODES.items():  # first: other options refer to the keys of these nodes
+        _check_required_keys(cfg, option, schema, folder)
+    _validate_node(cfg, "", OmegaConf.get_type(cfg))
+    _validate_node(cfg, "data", data_schema(cfg.data._target_))
+    for option, (schema, _) in UNTYPED_NODES.items():
+        _validate_node(cfg, option, schema)
+    _check_winograd(cfg)
+
+
+def _check_required_keys(cfg: DictConfig, option: str, schema: Any, folder: str) -> None:
+    node = OmegaConf.select(cfg, option)
+    if node is None:
+        return
+    for key in fields(schema):
+        if key.default is MISSING and key.default_factory is MISSING and key.name not in node:
+            raise UserError(f"{option}.{key.name} is missing: add the key {key.name!r} to the file in {folder}.")
+
+
+def _validate_node(cfg: DictConfig, option: str, schema: Any) -> None:
+    """Validate a node, if there is one, by the annotations of its schema."""
+    node = OmegaConf.select(cfg, option) if option else cfg
+    if node is None:
+        return
+    try:
+        pydantic.TypeAdapter(schema).validate_python(OmegaConf.to_container(node, resolve=True))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(filter(None, [option, *map(str, first["loc"])]))
+        raise UserError(f"{name}={first['input']} does not fit: {reason(first['msg'])}.") from None
+
+
+def _check_winograd(cfg: DictConfig) -> None:
+    if cfg.winograd and cfg.compile:
+        raise UserError("winograd=true and compile=true exclude each other: set one of them to false.")
+    precisions = {"winograd": cfg.trainer.precision, "teacher.winograd": cfg.teacher.precision or cfg.trainer.precision}
+    for option, precision in precisions.items():
+        if OmegaConf.select(cfg, option) and precision not in ("32-true", "float32"):
+            raise UserError(f"{option}=true computes in float32, but the precision is {precision}: set it to false.")

@@ -1,0 +1,183 @@
+"""Checkpoints after and within epochs. A resumed run ends with the same bits as an uninterrupted run."""
+
+import logging
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from torch import distributed
+
+from src.common.errors import UserError
+from src.common.files import atomic_write
+from src.models.checkpoints import read_file, serialize
+from src.runs.result import START_OVER
+from src.runs.signals import SIGNALS
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_file(folder: Path) -> Path:
+    """Return the path of a run's last checkpoint."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def previous_file(folder: Path) -> Path:
+    """Return the path of the checkpoint before the last, which is kept while the run trains."""
+    return folder / "checkpoints" / "previous.ckpt"
+
+
+def newest_intact_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Find a run's newest checkpoint that is not damaged. Returns its file and its content.
+
+    Returns None if the run has no checkpoint. Raises `UserError` if all of them are damaged.
+    """
+    last, previous = (file if file.is_file() else None for file in (checkpoint_file(folder), previous_file(folder)))
+    if last is None:  # none was saved yet, or the process was killed between two renames
+        return (previous, _read(previous)) if previous else None
+    try:
+        return last, _read(last)
+    except UserError as error:
+        if previous is None:
+            raise
+        found = previous, _read(previous)
+        log.warning("%s: resuming from the previous checkpoint.", str(error).partition(":")[0])
+        return found
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Read a run's newest checkpoint that is not damaged. Returns None if the run has no checkpoint.
+
+    Raises `UserError` if all of them are damaged.
+    """
+    found = newest_intact_checkpoint(folder)
+    return found[1] if found else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = read_file(file, START_OVER)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file} was not written by a run: {START_OVER}.")
+    checkpoint: dict[str, Any] = content
+    return checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints atomically, and keep the previous one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint to `path`. An existing last checkpoint becomes the previous one."""
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = serialize(checkpoint)
+        with atomic_write(file) as partial:
+            partial.write_bytes(content)
+            if file.name == "last.ckpt" and file.is_file():
+                file.replace(file.with_name("previous.ckpt"))
+
+
+class Checkpoints(Checkpoint):
+    """Save after every epoch, within an epoch after every `minutes`, and when a signal asks the run to end.
+
+    A signal takes effect at the end of its batch. The run is saved, and then the earlier signal handler is called: the
+    handler of `stop_on_signal` or of a cluster launcher. No checkpoint is saved after the last batch of an epoch,
+    because the evaluation and the epoch's own checkpoint follow.
+
+    The checkpoint also holds Lightning's epoch means so far, which Lightning itself would lose.
+    """
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.file = checkpoint_file(folder)
+        self.interval = timedelta(minutes=minutes).total_seconds()
+        self.saved = time.monotonic()
+        self.sums: dict[str, torch.Tensor] = {}
+        self.received: int | None = None
+        self.started = False
+        self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Replace Lightning's signal handlers until fit ends. Any checkpoint has been restored by now."""
+        self.started = True
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.handlers.items():
+                signal.signal(number, self._receive if callable(handler) else handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number:  # a second signal does not wait for the end of the batch
+            self._end(number, frame)
+        self.received = number
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        handler = self.handlers[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if a signal has arrived or the interval is over. All devices decide together."""
+        self._restore_means(trainer)
+        due = self.received is not None or time.monotonic() - self.saved >= self.interval
+        due = trainer.strategy.reduce_boolean_decision(due, all=False)
+        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+            self._end_together(trainer)
+
+    def _end_together(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+            number, self.received = self.received or signal.SIGTERM, None
+            self._end(number, None)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after the epoch."""
+        self._save(trainer)
+        self._end_together(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # a resumed run does not log the rows before its checkpoint again
+        trainer.save_checkpoint(self.file, weights_only=False)
+        self.saved = time.monotonic()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the sums behind the epoch means, of every device."""
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        means = _epoch_means(trainer) if progress.ready > progress.processed else {}  # within an epoch only
+        sums = torch.tensor(
+            [(float(mean.value), float(mean.cumulated_batch_size)) for mean in means.values()], dtype=torch.float64
+        )
+        shares = [sums] * trainer.world_size
+        if trainer.world_size > 1:
+            distributed.all_gather_object(shares, sums)
+        checkpoint["epoch_sums"] = dict(zip(means, torch.stack(shares, dim=1), strict=True))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the sums [devices, 2] of each mean, to restore them in the resumed epoch."""
+        self.sums = checkpoint["epoch_sums"]
+
+    def _restore_means(self, trainer: Trainer) -> None:
+        """Add the checkpoint's sums. Call this after the first batch, when Lightning has made its means again."""
+        means = _epoch_means(trainer)
+        for name, sums in self.sums.items():
+            mean = means[name]
+            if len(sums) == trainer.world_size:
+                value, size = sums[trainer.global_rank].tolist()
+            else:  # the number of devices has changed
+                value, size = sums.sum(dim=0).tolist() if trainer.is_global_zero else (0.0, 0.0)
+            mean.value = mean.value + value
+            mean.cumulated_batch_size = mean.cumulated_batch_size + int(size)
+        self.sums = {}
+
+
+def _epoch_means(trainer: Trainer) -> dict[str, Any]:
+    """Return Lightning's means over the training epoch, by name."""
+    results: Any = trainer.fit_loop.epoch_loop._results
+    return {name: metric for name, metric in results.items() if metric.meta.on_epoch and metric.meta.is_mean_reduction}

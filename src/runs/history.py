@@ -1,0 +1,79 @@
+"""`metrics.csv`: one row per epoch."""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from src.common.files import read_rows, write_rows
+
+log = logging.getLogger(__name__)
+
+FILE = "metrics.csv"
+
+
+class History(Callback):
+    """Write `metrics.csv`, and one line per epoch to the log. The rows are part of the checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FILE
+        self.rows: list[dict[str, float]] = []
+        self.epoch_start = 0.0
+        self.learning_rate = 0.0
+        self.validated = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows so far, and the learning rate and the seconds so far of the current epoch."""
+        seconds = time.monotonic() - self.epoch_start
+        return {"rows": self.rows, "learning_rate": self.learning_rate, "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the rows up to the checkpoint. Later epochs are trained again."""
+        self.rows = list(state_dict["rows"])
+        self.learning_rate = state_dict["learning_rate"]
+        self.epoch_start = time.monotonic() - state_dict["seconds"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock and note the learning rate. The scheduler changes it before `on_train_epoch_end`."""
+        self.validated = False
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.epoch_start = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that this epoch has metrics."""
+        self.validated = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch's row. Validation has run by now."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
+        values = {name.removesuffix("_epoch"): value for name, value in values.items() if "/" in name}
+        if not self.validated:  # Lightning still holds the metrics of an earlier epoch
+            values = {name: value for name, value in values.items() if name.startswith("train/")}
+        row = {
+            "epoch": trainer.current_epoch,
+            "learning_rate": self.learning_rate,
+            "seconds": time.monotonic() - self.epoch_start,
+            **values,
+        }
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_rows(self.file, self.rows)
+            if trainer.progress_bar_callback is None:  # a progress bar shows the same, and a log line would break it
+                log.info("%s", _line(trainer, row))
+
+
+def _line(trainer: Trainer, row: Mapping[str, float]) -> str:
+    """Describe an epoch in one line."""
+    parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"loss {row['train/loss']:.3f}"]
+    for split in ("val", "test"):
+        if f"{split}/accuracy" in row:
+            parts.append(f"{split} accuracy {100 * row[f'{split}/accuracy']:.2f} %")
+    return "  ".join([*parts, f"({row['seconds']:.0f} s)"])
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Read the rows of a run folder's metrics.csv. Returns no rows if the file does not exist yet."""
+    return read_rows(folder / FILE)

@@ -1,0 +1,58 @@
+"""The identity of a run: the part of its configuration that decides its result, and the folder named after it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src.common.secrecy import plain_config
+from src.config.names import method_name, needs_teacher, serialization_name
+from src.config.schema import (
+    MethodOptions,
+    NetworkOptions,
+    TeacherOptions,
+    TrainerOptions,
+    TrainOptions,
+    data_schema,
+    marked,
+)
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """Return the part of a configuration that decides the result, as plain types."""
+    decides: dict[str, Any] = _without_marked(plain_config(cfg), TrainOptions)
+    for group, schema in (
+        ("data", data_schema(cfg.data._target_)),
+        ("trainer", TrainerOptions),
+        ("teacher", TeacherOptions),
+        ("method", MethodOptions),
+        ("also", MethodOptions),
+    ):
+        decides[group] = _without_marked(decides[group], schema)
+    decides["teacher"]["method"] = _without_marked(decides["teacher"]["method"], MethodOptions)
+    for role, network in decides["model"].items():
+        if role in ("student", "teacher"):
+            decides["model"][role] = _without_marked(network, NetworkOptions)
+    if decides["trainer"].get("sync_batchnorm"):  # with it, several devices compute the same as one device
+        del decides["trainer"]["sync_batchnorm"]
+    if not needs_teacher(cfg):
+        decides["model"] = {"student": decides["model"]["student"]}
+        del decides["teacher"]
+    return decides
+
+
+def _without_marked(options: Any, schema: type) -> Any:
+    """Drop the options that cannot change a result. A group that is switched off stays None."""
+    if options is None:
+        return None
+    return {name: value for name, value in options.items() if name not in marked(schema, "no_effect")}
+
+
+def run_path(cfg: DictConfig) -> Path:
+    """Return `<runs>/<data>/<pair or network>/<method>/<serialization>-seed<seed>-<digest of the identity>`."""
+    pair = cfg.model.name if needs_teacher(cfg) else cfg.model.student.name
+    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    run = f"{serialization_name(cfg)}-seed{cfg.seed}-{digest}"
+    return Path(cfg.runs).expanduser().joinpath(cfg.data.name, pair, method_name(cfg), run)

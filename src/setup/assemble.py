@@ -1,0 +1,178 @@
+"""Make the data, the method, the student and the LightningModule that a configuration describes."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.optim import Optimizer
+
+from src.common.errors import UserError
+from src.config.instantiate import instantiate
+from src.config.validation import validate
+from src.data.image_data import ImageData
+from src.data.views import PEER_STREAM, random_bits
+from src.methods.combined import Combined
+from src.methods.method import Method, Networks
+from src.models.network import Network
+from src.models.winograd import use_winograd
+from src.setup.networks import InitialStudent, load_student, make_network, with_library_networks
+from src.teachers.teacher import Teacher
+from src.training.distiller import Distiller, Recipe, Settings
+from src.training.serialization import NoSerialization, Serialization
+
+
+class Parts(NamedTuple):
+    """The student, the method, the serialization layer and the recipe.
+
+    They are made before the teacher is looked for, so that bad options are reported early.
+    """
+
+    student: InitialStudent
+    method: Method
+    serialization: Serialization
+    recipe: Recipe
+
+
+def prepare(cfg: DictConfig) -> DictConfig:
+    """Validate a configuration, and return a copy in which a library's networks replace those of the pair."""
+    validate(cfg)
+    return with_library_networks(cfg)
+
+
+def make_method(cfg: DictConfig) -> Method:
+    """Make the method, or the combination of two. `make_distiller` allocates its parameters later."""
+    torch.manual_seed(cfg.seed)
+    method: Method = instantiate(cfg.method, "method")
+    return Combined(method, instantiate(cfg.also, "also")) if cfg.also else method
+
+
+def make_data(cfg: DictConfig, views_per_image: int = 1) -> ImageData:
+    """Make the data module and load it. `views_per_image` comes from the method."""
+    data: ImageData = hydra.utils.instantiate(
+        cfg.data, batch_size=cfg.schedule.batch_size, seed=cfg.seed, views_per_image=views_per_image
+    )
+    data.load()
+    return data
+
+
+def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training: bool = False) -> Parts:
+    """Make the student, the serialization layer and the recipe. The student's initial weights depend on the seed alone.
+
+    `winograd=true` changes the student only if `for_training` is set. Raises `UserError` if a serialization layer or
+    standardization is configured and the method has no logit term on which it could act.
+    """
+    recipe = make_recipe(cfg)
+    torch.manual_seed(cfg.seed)
+    student = load_student(cfg, data)
+    serialization: Serialization = instantiate(cfg.serialization, "serialization")
+    if not isinstance(serialization, NoSerialization) and not method.distils_logits:
+        raise UserError(
+            f"method={cfg.method.name} has no logit term on which a serialization layer could act: add "
+            "serialization=none."
+        )
+    if cfg.standardize_logits and not method.distils_logits:
+        raise UserError(
+            f"method={cfg.method.name} has no logit term on which standardize_logits=true could act: set it to false."
+        )
+    if for_training and cfg.winograd:
+        use_winograd(student.network, frozen=False)
+    return Parts(student, method, serialization, recipe)
+
+
+def make_recipe(cfg: DictConfig) -> Recipe:
+    """Make the optimiser and the scheduler, both as partials."""
+    return Recipe(
+        learning_rate=cfg.schedule.learning_rate,
+        make_optimizer=make_optimizer(cfg),
+        make_scheduler=hydra.utils.instantiate(cfg.schedule.scheduler),
+        interval=cfg.schedule.interval,
+    )
+
+
+def make_optimizer(cfg: DictConfig) -> Callable[..., Optimizer]:
+    """Make a partial of the optimiser in the group `optimizer`, or else of the schedule's optimiser.
+
+    The partial takes the parameters. Raises `UserError` if its options are invalid, or if it does not support the
+    precision.
+    """
+    option = "optimizer" if cfg.optimizer else "schedule.optimizer"
+    node = cfg.optimizer or cfg.schedule.optimizer
+    partial: Callable[..., Optimizer] = hydra.utils.instantiate(node)
+    try:
+        trial = partial([torch.zeros(1)], lr=cfg.schedule.learning_rate)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The options of {option} do not fit {node._target_}: {error}.") from None
+    if cfg.trainer.precision in getattr(trial, "unsupported_precisions", ()):
+        raise UserError(
+            f"{node._target_} does not support trainer.precision={cfg.trainer.precision}: use bf16-mixed or 32-true."
+        )
+    return partial
+
+
+def make_distiller(
+    cfg: DictConfig,
+    data: ImageData,
+    parts: Parts,
+    teacher: Teacher | None,
+    teacher_predictions: Mapping[str, Tensor] | None = None,
+) -> Distiller:
+    """Make the LightningModule, and allocate the parameters of the method and the serialization layer.
+
+    Raises `UserError` if the method needs features and the teacher has none.
+    """
+    (student, mean, std), method, serialization, recipe = parts
+    if teacher and method.needs_features and not teacher.shapes(data.image_shape).features:
+        raise UserError(
+            f"method={cfg.method.name} needs features, but the teacher {cfg.model.teacher.name} has none: choose a "
+            "method on logits, or another teacher."
+        )
+    torch.manual_seed(cfg.seed)
+    peer_numbers = itertools.count()
+    serialization.allocate(student)
+    method.allocate(
+        Networks(
+            student=student,
+            teacher=teacher,
+            image_shape=data.image_shape,
+            train_labels=data.trained_labels,
+            new_student=lambda: make_peer(cfg, data.num_classes, next(peer_numbers)),
+        )
+    )
+    return Distiller(
+        student=student,
+        method=method,
+        serialization=serialization,
+        teacher=teacher,
+        recipe=recipe,
+        settings=make_settings(cfg, data, mean, std),
+        teacher_predictions=teacher_predictions or {},
+    )
+
+
+def make_peer(cfg: DictConfig, num_classes: int, number: int) -> Network:
+    """Make another student, with initial weights that depend on the seed and the peer's number.
+
+    The weights differ from the student's. The random numbers for the method's other parameters stay the same.
+    """
+    with torch.random.fork_rng(devices=[]):
+        bits = int(random_bits(cfg.seed, 0, torch.tensor(number), PEER_STREAM))
+        torch.manual_seed(bits % 2**32)  # torch's CPU generator ignores the higher bits
+        return make_network(cfg.model.student, "model.student", num_classes)
+
+
+def make_settings(cfg: DictConfig, data: ImageData, mean: Any, std: Any) -> Settings:
+    """Collect the settings of the LightningModule. `mean` and `std` are the student's normalisation."""
+    return Settings(
+        num_classes=data.num_classes,
+        mean=tuple(mean),
+        std=tuple(std),
+        validates_on=data.validates_on,
+        seed=cfg.seed,
+        channels_last=cfg.channels_last,
+        standardize_logits=cfg.standardize_logits,
+        compiled=cfg.compile,
+    )

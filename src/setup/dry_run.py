@@ -1,0 +1,95 @@
+"""Try a method once on random images, so that mistakes in it show at once and not after a teacher is trained."""
+
+import copy
+import sysconfig
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from src.common.errors import UserError
+from src.config.names import method_name, needs_teacher
+from src.data.image_data import ImageData, Samples
+from src.methods.method import weighted
+from src.setup.assemble import Parts, make_distiller
+from src.setup.teacher import find_teacher, load_teacher, make_untrained_teacher
+from src.teachers.teacher import Teacher
+from src.training.distiller import Distiller
+
+IMAGES = 4
+"""The number of random images."""
+ROOT = Path(__file__).parents[2]
+LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
+"""Folders of Python's library and of installed packages."""
+
+
+def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
+    """Compute the terms of all stages of the method, on copies of the parts and with a teacher of random weights.
+
+    Raises `UserError` if the method fails, if its terms and its weights have different names, if a term is not a
+    scalar, if all weights are 0, or if no term depends on anything that is trained.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.compile = False
+    try:
+        teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
+        distiller = make_distiller(cfg, data, copy.deepcopy(parts), teacher)
+        images = random_views(data)
+        for module in [*(distiller.for_stage(stage) for stage in distiller.method.stages()), distiller]:
+            _try_terms(module, images)
+    except UserError as error:
+        if str(error).startswith("The method"):
+            raise UserError(f"method={method_name(cfg)}: {error}") from error
+        raise
+    except Exception as error:
+        raise UserError(f"method={method_name(cfg)} fails on random images: {_describe(error)}.") from error
+
+
+def trial_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
+    """Make a teacher of random weights. A program has no architecture that could be made again, so it is loaded."""
+    if cfg.teacher.allow_program and cfg.teacher.path:
+        return load_teacher(cfg, data, find_teacher(cfg))
+    return make_untrained_teacher(cfg, data)
+
+
+def random_views(data: ImageData) -> Samples:
+    """Make a batch of random images with the labels of training images, in as many views as the method asks for."""
+    generator = torch.Generator().manual_seed(0)
+    index = data.train_index[:IMAGES]
+    shape = (len(index), *data.image_shape)
+    images = tuple(
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(data.views_per_image)
+    )
+    numbers = tuple(torch.zeros_like(index) for _ in images)
+    return Samples(images, data.source.train_labels[index], index, numbers)
+
+
+def _try_terms(distiller: Distiller, images: Samples) -> None:
+    batch, logits = distiller.observe(images)
+    terms: object = distiller.method.all_terms(batch, logits)
+    if not isinstance(terms, Mapping):
+        raise UserError(f"The method's terms are a {type(terms).__name__}: return a dict of scalar tensors by name.")
+    for name, term in terms.items():
+        if not isinstance(term, Tensor) or term.ndim:
+            shape = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+            raise UserError(f"The method's term {name!r} is {shape}: return a scalar, such as the mean over the batch.")
+    summed = weighted(terms, distiller.method.weights(0))
+    if not summed:
+        raise UserError("The method's weights are all 0 in the first epoch: raise the weight of at least one term.")
+    if not any(term.requires_grad for term in summed.values()):
+        raise UserError("The method's terms depend on nothing that is trained: compute them from the student's output.")
+
+
+def _describe(error: Exception) -> str:
+    """Describe an error by its type, its message, and the last line outside of libraries that led to it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own_code(Path(frame.filename))]
+    file = Path(frames[-1].filename)
+    shown = file.relative_to(ROOT) if ROOT in file.parents else file
+    return f"{type(error).__name__}: {' '.join(str(error).split())} in {shown}, line {frames[-1].lineno}"
+
+
+def _is_own_code(file: Path) -> bool:
+    return file.is_file() and not any(folder in file.parents for folder in LIBRARIES)

@@ -1,0 +1,190 @@
+"""Open a run, or a bare checkpoint, for evaluation, reports and exports.
+
+Run folders may come from someone else. Their files are read without executing code, and their configuration may call
+only targets that `conf/` calls too.
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from src.common.errors import UserError, report_damage
+from src.config.names import needs_teacher
+from src.config.schema import DATA_SCHEMAS, TrainOptions
+from src.data.image_data import ImageData
+from src.runs.checkpointing import checkpoint_file, read_checkpoint
+from src.runs.result import Result, RunRecord, TeacherFacts, read_record
+from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
+from src.setup.networks import make_network
+from src.teachers.answers import Answers, answers_file
+from src.teachers.teacher import Teacher
+from src.training.distiller import Distiller
+
+CONF = Path(__file__).parents[2] / "conf"
+ADVICE = "choose another run"
+
+
+class Opened(NamedTuple):
+    """A trained module, its data, and the configuration of its run."""
+
+    cfg: DictConfig
+    distiller: Distiller
+    data: ImageData
+
+
+def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
+    """Open the run of the option `run`, or load the option `checkpoint` into the configured student.
+
+    A checkpoint may have any format that `src/models/checkpoints.py` knows. Raises `UserError` unless exactly one of
+    the two options is given, or if it cannot be opened.
+    """
+    if (cfg.run is None) == (cfg.checkpoint is None):
+        raise UserError(
+            "Give exactly one of run=FOLDER (a run folder) and checkpoint=FILE (with network@model.student=... and "
+            "data=...)."
+        )
+    if cfg.run is None:
+        merged: Any = OmegaConf.merge(cfg, {"student": {"path": cfg.checkpoint}})
+        return _open_untrained(prepare(merged), None)
+    folder = Path(cfg.run).expanduser()
+    run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
+    run_cfg.trainer.accelerator = cfg.trainer.accelerator
+    return open_run(folder, run_cfg)
+
+
+def open_run(folder: Path, cfg: DictConfig) -> Opened:
+    """Open a run with its last weights and the stored predictions of its teacher.
+
+    The teacher itself has random weights. Raises `UserError` if the run has no checkpoint, or if its files are damaged
+    or do not fit each other.
+    """
+    folder = folder.resolve()
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoints/last.ckpt, so there is nothing to open: {ADVICE}.")
+    with report_damage(folder / "config.yaml", ADVICE):
+        opened = _open_untrained(prepare(cfg), folder)
+    try:
+        opened.distiller.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint_file(folder)} does not fit the networks of {folder / 'config.yaml'} ({error}): {ADVICE}."
+        ) from None
+    return opened
+
+
+def _open_untrained(cfg: DictConfig, folder: Path | None) -> Opened:
+    """Make the module and the data of a configuration. `folder` is the folder of its run, if there is one."""
+    method = make_method(cfg)
+    data = make_data(cfg, method.views_per_image)
+    parts = make_parts(cfg, data, method)
+    teacher, predictions = _stored_teacher(cfg, data, folder) if folder and needs_teacher(cfg) else (None, {})
+    return Opened(cfg, make_distiller(cfg, data, parts, teacher, predictions), data)
+
+
+def read_config(folder: Path, data_root: str, data_path: str | None = None) -> DictConfig:
+    """Read a run's configuration, and adapt it to one device of this machine.
+
+    `data_root` replaces the run's `data.root` if this machine has no such folder, and `data_path` replaces its
+    `data.path`. Raises `UserError` if the configuration is missing or damaged, or calls a target that is not trusted.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder, because it has no config.yaml: {ADVICE}.")
+    with report_damage(file, ADVICE):
+        text = file.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{file} has YAML aliases, which no run writes and which can expand without end: {ADVICE}.")
+        merged: Any = OmegaConf.merge(OmegaConf.structured(TrainOptions), OmegaConf.create(text))
+        cfg: DictConfig = merged
+        for target in find_targets(OmegaConf.to_container(cfg, resolve=True)):
+            if not is_trusted(str(target)):
+                raise UserError(f"{file} would call {target}, which no file in conf/ names: {ADVICE}.")
+        cfg.trainer.update(accelerator="auto", devices=1, strategy="auto")
+        if not Path(cfg.data.root).expanduser().is_dir():
+            cfg.data.root = data_root
+        if data_path:
+            cfg.data.path = data_path
+    return cfg
+
+
+@functools.cache
+def known_targets() -> frozenset[str]:
+    """List the targets that `conf/`, the schemas and `src/setup/networks.py` call."""
+    texts = [file.read_text() for file in CONF.rglob("*.yaml")]
+    named = [target for text in texts for target in re.findall(r"_target_: *([\w.]+)", text)]
+    data = (schema._target_ for schema in DATA_SCHEMAS)
+    return frozenset([*named, *data, "src.models.sources.architecture"])
+
+
+def is_trusted(target: str) -> bool:
+    """Return whether `conf/` calls this target too, or whether it is an optimiser or a scheduler of torch.
+
+    Other functions of this project are not trusted, because some of them write files or run programs.
+
+    >>> is_trusted("torch.optim.AdamW"), is_trusted("os.system")
+    (True, False)
+    """
+    if target in known_targets():
+        return True
+    if not target.startswith("torch.optim."):
+        return False
+    try:
+        found: Any = hydra.utils.get_object(target)
+    except Exception:  # an import can raise anything
+        return False
+    return isinstance(found, type) and issubclass(found, (Optimizer, LRScheduler))
+
+
+def find_targets(node: Any) -> list[Any]:
+    """List every `_target_` in a node, at any depth.
+
+    >>> find_targets({"_target_": "a", "list": [{"_target_": "b"}]})
+    ['a', 'b']
+    """
+    if isinstance(node, list):
+        return [target for item in node for target in find_targets(item)]
+    if not isinstance(node, dict):
+        return []
+    here = [node["_target_"]] if "_target_" in node else []
+    return here + [target for value in node.values() for target in find_targets(value)]
+
+
+def read_result(run: str | None) -> Result | None:
+    """Read a run's result. Returns None for a bare checkpoint, and for a run that is not finished."""
+    file = Path(run or "").expanduser() / "result.json"
+    return read_record(Result, file, ADVICE) if run and file.is_file() else None
+
+
+def read_teacher(folder: Path) -> TeacherFacts | None:
+    """Read the facts of a run's teacher. Returns None if it had none. Raises `UserError` if run.json is damaged."""
+    with report_damage(folder / "run.json", ADVICE):
+        return read_record(RunRecord, folder / "run.json", ADVICE).teacher
+
+
+def _stored_teacher(cfg: DictConfig, data: ImageData, folder: Path) -> tuple[Teacher | None, dict[str, Tensor]]:
+    """Make a teacher with the sizes of the run's teacher, and load its predictions if they are still stored."""
+    facts = read_teacher(folder)
+    if facts is None or facts.key is None:
+        raise UserError(f"{folder / 'run.json'} does not describe the run's teacher: {ADVICE}.")
+    with report_damage(folder / "run.json", ADVICE):
+        teacher = blank_teacher(cfg, data, facts)
+        size = data.split_size("test")
+        runs = folder.parents[min(3, len(folder.parents) - 1)]
+        answers = Answers.load(answers_file(cfg, runs, facts.key, data, "test"), size, data.num_classes)
+    return teacher, {"test": answers.predictions(size)} if answers else {}
+
+
+def blank_teacher(cfg: DictConfig, data: ImageData, facts: TeacherFacts) -> Teacher:
+    """Make a teacher with the sizes of a run's teacher and random weights, because a method may ask for its shapes."""
+    chosen = facts.class_index
+    network = make_network(cfg.model.teacher, "model.teacher", max(chosen) + 1 if chosen else data.num_classes)
+    return Teacher(network, facts.mean or data.mean, facts.std or data.std, facts.image_size, chosen)

@@ -1,0 +1,213 @@
+"""Find the teacher that a configuration describes, load it, and measure it before it teaches."""
+
+import itertools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from src.common.errors import UserError
+from src.config.names import class_name
+from src.data.image_data import ImageData
+from src.methods.method import Method
+from src.models.checkpoints import load_weights
+from src.models.network import Network
+from src.models.program import load_program
+from src.models.sources import pretrained
+from src.runs.result import TeacherFacts
+from src.setup.networks import make_network, stated_facts
+from src.teachers import mdistiller
+from src.teachers.answers import Answers, answers_file, view_store_file
+from src.teachers.class_order import check_class_order, class_index
+from src.teachers.teacher import Teacher
+from src.teachers.view_store import ViewStore
+
+log = logging.getLogger(__name__)
+
+LARGEST_DIFFERENCE = 1.0
+"""Percentage points between measured and published accuracy. A larger difference gets a warning."""
+
+
+class MeasuredTeacher(NamedTuple):
+    """A teacher, the facts about it that a result holds, and its predictions."""
+
+    teacher: Teacher
+    facts: TeacherFacts
+    predictions: Mapping[str, Tensor]
+    """By split, the predicted class of each image, [N] int64, or -1 for images without an answer."""
+
+
+def find_teacher(cfg: DictConfig) -> Path | None:
+    """Find the teacher's file: `teacher.path`, else the file of `teacher.source`, else a file in the teacher store.
+
+    The teacher store holds `<data>/<architecture>.pth` or the published layout
+    `<data>/<architecture>_vanilla/ckpt_epoch_240.pth`. Returns None if a library has the weights (`teacher.source`), or
+    if the teacher has to be trained. Raises `UserError` if `teacher.path` does not exist, or if there is no file and
+    `teacher.train_if_missing` is false.
+    """
+    if cfg.teacher.path is not None:
+        path = Path(cfg.teacher.path).expanduser()
+        if not path.is_file():
+            raise UserError(f"teacher.path={path} does not exist: give a checkpoint of {cfg.model.teacher.name}.")
+        return path
+    places = teacher_places(cfg)
+    if cfg.teacher.source == "mdistiller":
+        if cfg.data.name != "cifar100":
+            raise UserError(
+                f"teacher.source=mdistiller has teachers for cifar100 only, not for {cfg.data.name}: give teacher.path."
+            )
+        return mdistiller.fetch(class_name(cfg.model.teacher), places[0].parent)
+    if cfg.teacher.source is not None:
+        return None
+    found = next((place for place in places if place.is_file()), None)
+    if found is None and not cfg.teacher.train_if_missing:
+        looked = " and ".join(str(place) for place in places)
+        raise UserError(
+            f"There is no teacher {cfg.model.teacher.name} for {cfg.data.name} at {looked}: give its file with "
+            "teacher.path=FILE, or set teacher.train_if_missing=true."
+        )
+    return found
+
+
+def teacher_places(cfg: DictConfig) -> list[Path]:
+    """List the files in which the teacher store may hold the teacher for this data."""
+    store, architecture = Path(cfg.teacher.store).expanduser() / cfg.data.name, class_name(cfg.model.teacher)
+    return [store / f"{architecture}.pth", store / f"{architecture}_vanilla" / "ckpt_epoch_240.pth"]
+
+
+def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher:
+    """Load the teacher from a file, or from its library if `path` is None.
+
+    Its normalisation comes from `teacher.mean` and `teacher.std`. The first fallback is its file, its network's yaml or
+    its library. The second fallback is the data. Raises `UserError` if the file cannot be loaded, or if the teacher
+    does not know the classes of the data.
+    """
+    if path is not None and cfg.teacher.allow_program:
+        return make_teacher(cfg, data, load_program(path), {})
+    network: Network
+    if cfg.teacher.source in (None, "mdistiller"):
+        node = cfg.model.teacher
+        facts = stated_facts(node, path)
+        network = make_network(node, "model.teacher", len(facts.get("class_names", data.class_names)))
+    else:
+        found = pretrained(cfg.teacher.source, download=path is None)
+        network, facts = found.network, found._asdict()
+    if path is not None:
+        load_weights(network, path)
+    return make_teacher(cfg, data, network, facts)
+
+
+def make_teacher(cfg: DictConfig, data: ImageData, network: Network, facts: Mapping[str, Any]) -> Teacher:
+    """Make a teacher from a network, by the options `teacher.*` and by `facts`.
+
+    `facts` may hold mean, std, image_size and class_names. The options take precedence.
+    """
+    mean, std = (cfg.teacher[name] or facts.get(name) or getattr(data, name) for name in ("mean", "std"))
+    teacher = Teacher(
+        network,
+        mean,
+        std,
+        cfg.teacher.image_size or facts.get("image_size"),
+        precision=cfg.teacher.precision,
+        answer_dtype=getattr(torch, cfg.teacher.answer_dtype),
+    )
+    if cfg.teacher.fold:
+        teacher.fold(data.image_shape)
+    if cfg.teacher.winograd:
+        teacher.use_winograd()
+    outputs = teacher.shapes(data.image_shape).logits
+    teacher.class_index = class_index(facts.get("class_names"), outputs, data.class_names)
+    return teacher
+
+
+def make_untrained_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
+    """Make a teacher of the configured architecture with random weights, for trials that need only its sizes."""
+    return make_teacher(cfg, data, make_network(cfg.model.teacher, "model.teacher", data.num_classes), {})
+
+
+def measure_teacher(
+    cfg: DictConfig, data: ImageData, method: Method, path: Path | None, trainer: L.Trainer, *, trained_here: bool
+) -> MeasuredTeacher:
+    """Load the teacher, measure it on the trainer's device and in its precision, and open its view store.
+
+    The accuracy is printed beside the published one, because a wrong normalisation shows there. Raises `UserError` if
+    the teacher was trained with another class order.
+    """
+    teacher = load_teacher(cfg, data, path)
+    teacher.to(trainer.strategy.root_device, torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    splits: set[str] = {data.validates_on, "test"}
+    answers = {split: evaluation_answers(cfg, data, teacher, split, trainer) for split in splits}
+    facts = teacher_facts(cfg, teacher, str(path or cfg.teacher.source), answers["test"].metrics())
+    _report_accuracy(cfg, facts, trained_here)
+    check_class_order(answers["test"], facts.name)
+    if cfg.teacher.view_store:
+        teacher.view_store = open_store(cfg, data, teacher, method)
+    predictions = {split: answer.predictions(data.split_size(split)) for split, answer in answers.items()}
+    return MeasuredTeacher(teacher, facts, predictions)
+
+
+def teacher_facts(cfg: DictConfig, teacher: Teacher, source: str, metrics: Mapping[str, float]) -> TeacherFacts:
+    """Collect the facts about a teacher for a run's result."""
+    published = (cfg.model.teacher.get("published_accuracy") or {}).get(cfg.data.name)
+    return TeacherFacts(
+        name=cfg.model.teacher.name,
+        source=source,
+        sha256=teacher.digest,
+        key=teacher.key,
+        mean=list(teacher.mean),
+        std=list(teacher.std),
+        image_size=teacher.image_size,
+        class_index=teacher.class_index,
+        published_accuracy=published,
+        **metrics,
+    )
+
+
+def _report_accuracy(cfg: DictConfig, facts: TeacherFacts, trained_here: bool) -> None:
+    measured, published = 100 * facts.accuracy, facts.published_accuracy
+    beside = "" if published is None else f" (published: {published:.2f} %)"
+    log.info("Teacher %s from %s: test accuracy %.2f %%%s.", facts.name, facts.source, measured, beside)
+    complete = cfg.trainer.limit_val_batches is None
+    if published is not None and not trained_here and complete and abs(measured - published) > LARGEST_DIFFERENCE:
+        log.warning(
+            "The measured and the published accuracy differ by more than %g point: check the teacher's normalisation, "
+            "teacher.mean=%s teacher.std=%s, and its class order.",
+            LARGEST_DIFFERENCE,
+            *(str(numbers).replace(" ", "") for numbers in (facts.mean, facts.std)),
+        )
+
+
+def evaluation_answers(cfg: DictConfig, data: ImageData, teacher: Teacher, split: str, trainer: L.Trainer) -> Answers:
+    """Return the teacher's answers to an evaluation split. They are computed once for all runs in a `runs` folder."""
+    file = answers_file(cfg, Path(cfg.runs).expanduser(), teacher.key, data, split)
+    answers = Answers.load(file, data.split_size(split), data.num_classes)
+    if answers is None:
+        batches = itertools.islice(data.evaluation_loader(split), cfg.trainer.get("limit_val_batches"))
+        answers = Answers.compute(teacher, batches, trainer.precision_plugin.forward_context())
+        answers.save(file)
+    return answers
+
+
+def open_store(cfg: DictConfig, data: ImageData, teacher: Teacher, method: Method) -> ViewStore | None:
+    """Open the teacher's view store. Returns None if the method needs features, because the store holds logits only.
+
+    Raises `UserError` if the store could outgrow `teacher.view_store_gigabytes` or the disk.
+    """
+    if method.needs_features:
+        log.info("method=%s needs the teacher's features, so it does not use the view store.", cfg.method.name)
+        return None
+    epochs = cfg.trainer.max_epochs
+    return ViewStore(
+        view_store_file(cfg, teacher, data),
+        len(data.source.train_labels),
+        data.view_count(epochs),
+        data.num_classes,
+        dtype=teacher.answer_dtype,
+        expected_answers=epochs * data.views_per_image * len(data.train_index),
+        gigabytes=cfg.teacher.view_store_gigabytes,
+    )

@@ -1,0 +1,77 @@
+"""The result of a finished run."""
+
+from collections.abc import Mapping, Sequence
+
+import lightning as L
+from omegaconf import DictConfig
+from torch import nn
+
+from src.common.metrics import metrics_of_split
+from src.config.names import method_name, serialization_name
+from src.data.image_data import ImageData
+from src.runs.folder import RunFolder
+from src.runs.history import read_history
+from src.runs.identity import identity
+from src.runs.result import BestEpoch, Metrics, Parameters, Result, TeacherFacts
+from src.training.distiller import Distiller
+
+
+def summarise(
+    cfg: DictConfig,
+    distiller: Distiller,
+    data: ImageData,
+    folder: RunFolder,
+    trainer: L.Trainer,
+    teacher: TeacherFacts | None,
+) -> Result:
+    """Collect a run's result from its history. If the last epoch did not score the test set, score it now."""
+    rows = read_history(folder.path)
+    split = data.validates_on
+    metrics = {split: metrics_of_split(rows[-1], split)}
+    if not metrics.get("test"):  # validation was on held-out images, or the last epoch skipped it
+        tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
+        metrics["test"] = metrics_of_split(tested, "test")
+    return Result(
+        **{split: Metrics(**values) for split, values in metrics.items() if values},
+        best_epoch=best_epoch(rows, split),
+        seconds=sum(row["seconds"] for row in rows),
+        parameters=Parameters(
+            student=parameter_count(distiller.method.predictor(distiller.student)),
+            teacher=parameter_count(distiller.teacher.network) if distiller.teacher else None,
+            training_only=parameter_count(distiller.serialization) + parameter_count(distiller.method),
+        ),
+        data=cfg.data.name,
+        method=method_name(cfg),
+        serialization=serialization_name(cfg),
+        teacher=teacher,
+        student=cfg.model.student.name,
+        seed=cfg.seed,
+        epochs=len(rows),
+        train_images=len(data.train_index),
+        train_duplicates=data.train_duplicates,
+        class_names=list(data.class_names),
+        superclasses=data.superclasses,
+        settings={key: value for key, value in identity(cfg).items() if key != "seed"},
+    )
+
+
+def best_epoch(rows: Sequence[Mapping[str, float]], split: str) -> BestEpoch | None:
+    """Find the epoch of the highest accuracy on a split. Returns None if no epoch was scored.
+
+    >>> best_epoch([{"epoch": 0, "val/accuracy": 0.4}, {"epoch": 1, "val/accuracy": 0.3}], "val")
+    BestEpoch(split='val', epoch=0, accuracy=0.4)
+    """
+    scored = [row for row in rows if f"{split}/accuracy" in row]
+    if not scored:
+        return None
+    best = max(scored, key=lambda row: row[f"{split}/accuracy"])
+    return BestEpoch(split=split, epoch=int(best["epoch"]), accuracy=best[f"{split}/accuracy"])
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Count the parameters of a module, trained or frozen. Buffers do not count.
+
+    >>> parameter_count(nn.Linear(3, 4))
+    16
+    """
+    return sum(parameter.numel() for parameter in module.parameters())

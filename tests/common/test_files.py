@@ -1,0 +1,159 @@
+"""Files are written atomically, tables survive their files, and archives that claim too much are refused."""
+
+import errno
+import io
+import multiprocessing
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.common import files
+from src.common.errors import UserError
+from src.common.files import atomic_write, list_members, one_process_at_a_time, read_rows, write_rows, write_text
+
+# Atomic writes
+
+
+def test_a_file_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    with atomic_write(file) as partial:
+        partial.write_text("new")
+        assert not file.exists()
+        assert (partial.parent, partial.suffix) == (tmp_path, ".csv")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.csv"]
+    assert file.read_text() == "new"
+
+
+def write_and_fail(file: Path, error: BaseException) -> None:
+    file.write_text("new")
+    raise error
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()], ids=repr)
+def test_an_error_leaves_the_old_file_and_no_partial_one(tmp_path: Path, error: BaseException) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    with pytest.raises(type(error)), atomic_write(file) as partial:
+        write_and_fail(partial, error)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+    assert file.read_text() == "old"
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+
+
+def test_an_error_that_names_a_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "a.txt"):
+        (tmp_path / "missing").read_text()
+    assert caught.value.filename == str(tmp_path / "missing")
+
+
+def test_text_is_written_in_utf8(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "größer ≥\n")
+    assert (tmp_path / "a.txt").read_bytes() == "größer ≥\n".encode()
+
+
+# Tables
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["epoch", "train/loss", "a, b", 'q"']), st.floats(allow_nan=False) | st.integers(-9, 9)
+        ).filter(bool),
+        min_size=1,
+    )
+)
+def test_rows_of_numbers_survive_their_file(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, float]]
+) -> None:
+    file = tmp_path_factory.mktemp("rows") / "a.csv"
+    write_rows(file, rows)
+    assert read_rows(file) == rows
+
+
+def test_a_missing_value_is_an_empty_cell(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.csv", [{"epoch": 0, "loss": 0.5}, {"epoch": 1, "accuracy": 0.25}])
+    assert (tmp_path / "a.csv").read_text() == "epoch,loss,accuracy\n0,0.5,\n1,,0.25\n"
+
+
+def test_a_table_that_does_not_exist_has_no_rows(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "a.csv") == []
+
+
+# Archives
+
+
+def archive(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, content in members.items():
+            opened.writestr(name, content)
+    return path
+
+
+def test_members_are_listed_by_path_and_from_an_open_file(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.npz", images=b"abc", labels=b"d")
+    assert [(member.filename, member.file_size) for member in list_members(path)] == [("images", 3), ("labels", 1)]
+    opened = io.BytesIO(path.read_bytes())
+    path.unlink()
+    assert [member.filename for member in list_members(path, opened)] == ["images", "labels"]
+
+
+def test_an_archive_that_claims_too_many_bytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive(tmp_path / "a.npz", images=os.urandom(600), labels=os.urandom(500))
+    monkeypatch.setattr(files, "LARGEST_ARCHIVE", 1100)
+    assert len(list_members(path)) == 2
+    monkeypatch.setattr(files, "LARGEST_ARCHIVE", 1099)
+    with pytest.raises(UserError, match=r"a\.npz claims to hold 1,100 bytes, which is implausible: get the file again"):
+        list_members(path)
+
+
+def test_a_large_member_that_is_compressed_too_well_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros, noise = bytes(10_000), os.urandom(10_000)
+    bomb, honest = archive(tmp_path / "bomb.npz", images=zeros), archive(tmp_path / "honest.npz", images=noise)
+    (member,) = list_members(bomb)
+    ratio = member.file_size / member.compress_size
+    monkeypatch.setattr(files, "LARGE_MEMBER", 10_000)
+    monkeypatch.setattr(files, "LARGEST_RATIO", ratio / 2)
+    assert len(list_members(honest)) == 1
+    with pytest.raises(UserError, match="implausible"):
+        list_members(bomb)
+    monkeypatch.setattr(files, "LARGE_MEMBER", 10_001)
+    assert len(list_members(bomb)) == 1, "a small member may have any ratio"
+
+
+# Files that several processes make
+
+
+def make(folder: Path) -> None:
+    """Make a file unless another process has made it, and note who did."""
+    with one_process_at_a_time(folder / "deep" / "a.txt"):
+        if not (folder / "deep" / "a.txt").exists():
+            with (folder / "makers").open("a") as makers:
+                makers.write(f"{os.getpid()}\n")
+            write_text(folder / "deep" / "a.txt", "made")
+
+
+def test_of_several_processes_one_makes_a_file(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=make, args=(tmp_path,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len((tmp_path / "makers").read_text().splitlines()) == 1
+
+
+def test_a_lock_of_a_file_is_released_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), one_process_at_a_time(tmp_path / "a.txt"):
+        raise ZeroDivisionError
+    with one_process_at_a_time(tmp_path / "a.txt"):
+        pass

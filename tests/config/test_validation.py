@@ -1,0 +1,190 @@
+"""A configuration is validated before any work: limits, required keys, and options that contradict each other."""
+
+import copy
+import re
+from typing import Any, get_type_hints
+
+import pytest
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from src.common.errors import UserError
+from src.config import schema
+from src.config.validation import UNTYPED_NODES, validate
+from tests.helpers.configure import changed, configure, without
+
+INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
+    (): [
+        ("checkpoint_minutes", -1.0, "greater than or equal to 0"),
+        ("schedule.epochs", 0, "greater than 0"),
+        ("schedule.epochs", -1, "greater than 0"),
+        ("schedule.batch_size", 0, "greater than 0"),
+        ("schedule.learning_rate", -0.1, "greater than 0"),
+        ("schedule.learning_rate", 0.0, "greater than 0"),
+        ("schedule.interval", "never", "choose one of epoch, step"),
+        ("schedule.distillation_warmup", -1.0, "greater than or equal to 0"),
+        ("trainer.max_epochs", -1, "greater than 0"),
+        ("trainer.precision", "64-true", "choose one of 32-true, bf16-mixed, 16-mixed"),
+        ("trainer.limit_train_batches", 0, "greater than 0"),
+        ("trainer.limit_val_batches", 0, "greater than 0"),
+        ("trainer.limit_val_batches", 0.5, "a valid integer"),
+        ("trainer.limit_test_batches", 0, "greater than 0"),
+        ("teacher.precision", "float64", "choose one of float32, bfloat16"),
+        ("teacher.precision", "float16", "choose one of float32, bfloat16"),
+        ("teacher.answer_dtype", "bfloat16", "choose one of float32, float16"),
+        ("teacher.mean", [0.5, 0.5], "give one number for each of the 3 channels"),
+        ("teacher.std", [0.5], "give one number for each of the 3 channels"),
+        ("teacher.image_size", 0, "greater than 0"),
+        ("teacher.view_store_gigabytes", -1.0, "greater than or equal to 0"),
+        ("gradients.every", -1, "greater than or equal to 0"),
+        ("data.train_size", -1, "greater than or equal to 0"),
+        ("data.val_size", -1, "greater than or equal to 0"),
+        ("data.workers", -1, "greater than or equal to 0"),
+        ("data.mean", [0.5], "give one number for each of the 3 channels"),
+        ("data.std", [], "give one number for each of the 3 channels"),
+        ("data.padding", -1, "greater than or equal to 0"),
+        ("model.teacher.learning_rate", 0, "greater than 0"),
+        ("model.teacher.mean", [0.5], "give one number for each of the 3 channels"),
+        ("model.student.std", [0.5], "give one number for each of the 3 channels"),
+        ("method.year", "long ago", "a valid integer"),
+    ],
+    ("data=imagefolder",): [
+        ("data.train_size", -1, "greater than or equal to 0"),
+        ("data.val_size", -1, "greater than or equal to 0"),
+        ("data.workers", -1, "greater than or equal to 0"),
+        ("data.mean", [0.5], "give one number for each of the 3 channels"),
+        ("data.std", [0.5], "give one number for each of the 3 channels"),
+        ("data.image_size", 0, "greater than 0"),
+        ("data.resize", 0, "greater than 0"),
+    ],
+    ("data=stream",): [("data.cache_gigabytes", -1.0, "greater than or equal to 0"), ("data.resize", 0, "greater")],
+    ("command=export",): [("images", 0, "greater than 0"), ("calibration_images", 0, "greater than 0")],
+    ("command=measure",): [
+        ("images", 0, "greater than 0"),
+        ("calibration_images", 0, "greater than 0"),
+        ("rounds", 0, "greater than 0"),
+        ("threads", 0, "greater than 0"),
+    ],
+}
+"""By overrides: options with a value beyond their limit, and a part of the reason."""
+CASES = [(overrides, *case) for overrides, cases in INVALID.items() for case in cases]
+
+
+def compose(overrides: tuple[str, ...]) -> DictConfig:
+    commands = [override.partition("=")[2] for override in overrides if override.startswith("command=")]
+    return configure(*(o for o in overrides if not o.startswith("command=")), command=[*commands, "train"][0])
+
+
+def with_value(cfg: DictConfig, option: str, value: Any) -> DictConfig:
+    with open_dict(cfg):
+        return changed(cfg, **{option.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize(("overrides", "option", "value", "reason"), CASES)
+def test_a_value_beyond_a_limit_is_refused(overrides: tuple[str, ...], option: str, value: Any, reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(with_value(copy.deepcopy(compose(overrides)), option, value))
+    sentence = str(caught.value)
+    assert re.fullmatch(rf"{re.escape(option)}={re.escape(str(value))} does not fit: [^.]*{reason}[^.]*\.", sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        (schema.TrainOptions, ""),
+        (schema.ScheduleOptions, "schedule."),
+        (schema.TrainerOptions, "trainer."),
+        (schema.TeacherOptions, "teacher."),
+        (schema.StudentOptions, "student."),
+        (schema.GradientOptions, "gradients."),
+        (schema.ArrayDataOptions, "data."),
+        (schema.FolderDataOptions, "data."),
+        (schema.StreamDataOptions, "data."),
+        (schema.NetworkOptions, "model."),
+        (schema.ExportOptions, ""),
+        (schema.MeasureOptions, ""),
+    ],
+)
+def test_every_option_with_a_limit_is_tried_above(options: type, prefix: str) -> None:
+    hints = get_type_hints(options, include_extras=True)
+    limited = {f"{prefix}{name}" for name, kind in hints.items() if "Annotated" in str(kind)}
+    tried = {
+        option.replace("model.student.", "model.").replace("model.teacher.", "model.") for _, option, _, _ in CASES
+    }
+    assert limited <= tried
+
+
+def test_the_smallest_values_that_can_be_trained_with_are_accepted() -> None:
+    smallest = {
+        "schedule__epochs": 1, "schedule__batch_size": 1, "data__padding": 0, "data__workers": 0, "data__val_size": 0,
+        "checkpoint_minutes": 0, "gradients__every": 0, "teacher__image_size": 1, "teacher__view_store_gigabytes": 0,
+        "schedule__distillation_warmup": 0, "data__mean": [0, 0, 0], "teacher__mean": None, "data__train_size": None,
+    }  # fmt: skip
+    validate(changed(configure(), **smallest))
+
+
+def test_a_nodes_own_file_is_named_if_it_lacks_a_key() -> None:
+    required = {
+        "model.student": ["_target_", "name", "learning_rate"],
+        "model.teacher": ["_target_", "name", "learning_rate"],
+        "method": ["_target_", "name"],
+        "also": ["_target_", "name"],
+        "teacher.method": ["_target_", "name"],
+        "trainer": ["max_epochs", "precision"],
+    }
+    assert required.keys() == UNTYPED_NODES.keys()
+    for option, keys in required.items():
+        for key in keys:
+            with pytest.raises(UserError) as caught:
+                validate(without(configure("method@also=kd"), f"{option}.{key}"))
+            folder = UNTYPED_NODES[option][1]
+            assert str(caught.value) == f"{option}.{key} is missing: add the key {key!r} to the file in {folder}."
+
+
+def test_descriptive_keys_may_be_missing() -> None:
+    cfg = configure("method@also=kd", "model=resnet20_to_resnet8")
+    methods = [f"{node}.{key}" for node in ("method", "also", "teacher.method") for key in ("year", "uses", "settings")]
+    networks = [f"model.{role}.published_accuracy" for role in ("student", "teacher")]
+    validate(without(cfg, *methods, *networks))
+
+
+def test_nodes_that_are_switched_off_are_not_validated() -> None:
+    cfg = copy.deepcopy(configure("method=vanilla"))
+    cfg.model.update(teacher=None, name=cfg.model.student.name)  # as for a teacher that is trained first
+    assert cfg.also is cfg.optimizer is cfg.averaging is None
+    validate(cfg)
+
+
+def test_validation_leaves_the_configuration_as_it_is() -> None:
+    before = OmegaConf.to_yaml(configure())
+    validate(configure())
+    assert OmegaConf.to_yaml(configure()) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"winograd": True, "compile": True}, "winograd=true and compile=true exclude each other"),
+        (
+            {"winograd": True, "trainer__precision": "bf16-mixed"},
+            "winograd=true computes in float32, but the precision is bf16-mixed: set it to false",
+        ),
+        (
+            {"teacher__winograd": True, "trainer__precision": "16-mixed"},
+            "teacher.winograd=true computes in float32, but the precision is 16-mixed",
+        ),
+        (
+            {"teacher__winograd": True, "teacher__precision": "bfloat16"},
+            "teacher.winograd=true computes in float32, but the precision is bfloat16",
+        ),
+        ({"winograd": True, "teacher__precision": "bfloat16"}, None),
+        ({"teacher__winograd": True, "teacher__precision": "float32", "trainer__precision": "bf16-mixed"}, None),
+        ({"winograd": True, "teacher__winograd": True, "compile": False}, None),
+    ],
+)
+def test_winograd_is_for_float32_without_compilation(values: dict[str, Any], sentence: str | None) -> None:
+    cfg = changed(configure(), **values)
+    if sentence is None:
+        validate(cfg)
+        return
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+        validate(cfg)

@@ -1,0 +1,41 @@
+"""Training alone: cross-entropy on the student's own logits, and nothing else."""
+
+import pytest
+import torch
+
+from src.methods.vanilla import Vanilla
+from tests.helpers.closed_forms import assert_same
+from tests.helpers.losses import BATCH, PRECISIONS, log_softmax, observed, three_logits
+from tests.helpers.methods import configured
+
+
+def test_the_loss_is_cross_entropy_of_the_students_own_logits():
+    own, distilled, teacher, target = three_logits()
+    terms = configured("vanilla").all_terms(*observed(distilled, teacher, target, own=own, views=2))
+    assert set(terms) == {"cross_entropy"} == set(Vanilla().weights(0))
+    of_own, of_distilled = torch.autograd.grad(terms["cross_entropy"], (own, distilled), allow_unused=True)
+    log_p = torch.tensor([log_softmax(row, 1.0) for row in own.tolist()], dtype=torch.float64)
+    assert_same(terms["cross_entropy"], -log_p.gather(1, target[:, None]).mean())
+    assert_same(of_own, (log_p.exp() - torch.eye(10)[target]) / BATCH)
+    assert of_distilled is None
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_the_loss_is_a_float32_scalar_in_every_precision_of_the_network(dtype: torch.dtype):
+    own, distilled, teacher, target = three_logits(dtype)
+    (term,) = Vanilla().all_terms(*observed(distilled, teacher, target, own=own)).values()
+    assert term.dtype == torch.float32
+    assert term.shape == ()
+
+
+def test_it_needs_no_teacher():
+    own, distilled, _, target = three_logits()
+    assert not Vanilla.needs_teacher
+    assert not Vanilla().distils_logits
+    terms = Vanilla().all_terms(*observed(distilled, None, target, own=own))
+    assert torch.isfinite(terms["cross_entropy"])
+
+
+@pytest.mark.parametrize("epoch", [0, 19, 239])
+def test_the_weight_is_one(epoch: int):
+    assert Vanilla().weights(epoch) == {"cross_entropy": 1.0}

@@ -1,0 +1,222 @@
+"""Data, method, student and LightningModule are made from a configuration, which stays as it is."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from src.common.errors import UserError
+from src.methods.combined import Combined
+from src.methods.kd import KD
+from src.setup.assemble import (
+    Parts,
+    make_data,
+    make_distiller,
+    make_method,
+    make_optimizer,
+    make_parts,
+    make_peer,
+    prepare,
+)
+from src.setup.teacher import make_untrained_teacher
+from src.training.dot import DOT
+from tests.helpers.configure import CLASSES, changed, configure, parts_of
+from tests.helpers.tiny import same, weights, write_arrays
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> DictConfig:
+    """A small pair on tiny arrays."""
+    composed = configure("model=resnet20_to_resnet8", "data=arrays", "method=kd", "schedule.batch_size=8")
+    return changed(composed, data__path=str(write_arrays(tmp_path / "tiny.npz")))
+
+
+def assembled(cfg: DictConfig, seed: int = 0) -> tuple[Any, Parts]:
+    cfg = changed(cfg, seed=seed)
+    data = make_data(cfg)
+    return data, make_parts(cfg, data, make_method(cfg))
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=aekt",),
+        ("model=resnet34_to_resnet18", "teacher.source=timm/resnet26t", "student.source=torchvision/resnet18"),
+        ("teacher.path=somewhere/net.pt2", "teacher.allow_program=true"),
+    ],
+)
+def test_preparing_a_configuration_leaves_it_as_it_is(overrides: tuple[str, ...]) -> None:
+    cfg = configure(*overrides)
+    before = OmegaConf.to_yaml(cfg)
+    prepared = prepare(cfg)
+    assert OmegaConf.to_yaml(cfg) == before
+    assert prepared is not cfg
+    assert OmegaConf.get_type(prepared) is OmegaConf.get_type(cfg)
+    assert prepare(prepared) == prepared
+
+
+def test_preparing_validates() -> None:
+    with pytest.raises(UserError, match=r"^schedule\.epochs=0 does not fit"):
+        prepare(changed(configure(), schedule__epochs=0))
+
+
+def test_making_the_data_leaves_the_configuration_as_it_is(cfg: DictConfig) -> None:
+    before, resolved = OmegaConf.to_yaml(cfg), OmegaConf.to_container(cfg, resolve=True)
+    data = make_data(cfg, views_per_image=2)
+    assert (OmegaConf.to_yaml(cfg), OmegaConf.to_container(cfg, resolve=True)) == (before, resolved)
+    assert (data.views_per_image, data.batch_size, data.seed, data.num_classes) == (2, 8, 0, 4)
+
+
+# Method and parts
+
+
+def test_two_methods_are_combined() -> None:
+    alone, both = make_method(configure("method=kd")), make_method(configure("method=dkd", "method@also=kd"))
+    assert type(alone) is KD
+    assert type(both) is Combined
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    def first(*overrides: str) -> Any:
+        return parts_of(configure(*overrides)).student.network.state_dict()["conv1.weight"]
+
+    assert first("method=vanilla").equal(first("method=aekt"))
+    assert not first("method=vanilla").equal(first("method=vanilla", "seed=1"))
+
+
+def test_standardized_logits_require_a_logit_term() -> None:
+    with pytest.raises(
+        UserError, match=r"method=at has no logit term on which standardize_logits=true could act: set it to false"
+    ):
+        parts_of(configure("method=at", "standardize_logits=true"))
+
+
+@pytest.mark.parametrize("layer", ["serial", "parallel"])
+def test_a_serialization_layer_requires_a_logit_term(layer: str) -> None:
+    with pytest.raises(
+        UserError, match=r"method=vanilla has no logit term on which a serialization layer could act: add serial.*=none"
+    ):
+        parts_of(configure("method=vanilla", f"serialization={layer}"))
+
+
+# Optimiser
+
+
+def test_the_optimizer_is_the_schedules_by_default() -> None:
+    cfg = configure("method=kd")
+    optimizer = make_optimizer(cfg)([torch.zeros(1)], lr=0.1)
+    assert type(optimizer) is torch.optim.SGD
+    assert {name: optimizer.defaults[name] for name in ("lr", "momentum", "weight_decay")} == {
+        "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4,
+    }  # fmt: skip
+
+
+def test_dot_replaces_the_schedules_optimizer_and_takes_its_constants() -> None:
+    cfg = configure("optimizer=dot", "method=kd", "schedule.optimizer.weight_decay=1e-4")
+    optimizer = make_optimizer(cfg)([torch.zeros(1)], lr=0.1)
+    assert type(optimizer) is DOT
+    assert {name: optimizer.defaults[name] for name in ("momentum", "weight_decay", "delta")} == {
+        "momentum": 0.9, "weight_decay": 1e-4, "delta": 0.075,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ("optimizer=dot", "optimizer.delta=0.2"),
+            r"The options of optimizer do not fit src.*DOT: momentum 0.9 minus and plus de",
+        ),
+        (
+            ("+schedule.optimizer.nonsense=1",),
+            r"The options of schedule\.optimizer do not fit torch\.optim\.SGD: .*non",
+        ),
+        (
+            ("schedule.optimizer.momentum=-1",),
+            r"The options of schedule\.optimizer do not fit torch\.optim\.SGD: Inval",
+        ),
+        (
+            ("optimizer=dot", "trainer.precision=16-mixed"),
+            r"DOT does not support trainer\.precision=16-mixed: use bf16",
+        ),
+    ],
+)
+def test_options_of_an_optimizer_that_do_not_fit_are_refused(overrides: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        parts_of(configure(*overrides, "method=kd"))
+
+
+# The LightningModule
+
+
+def test_the_module_is_made_of_the_parts_and_the_settings(cfg: DictConfig) -> None:
+    cfg = changed(cfg, standardize_logits=True, channels_last=False, data__mean=[0.1, 0.2, 0.3])
+    data, parts = assembled(cfg, seed=3)
+    teacher = make_untrained_teacher(cfg, data)
+    distiller = make_distiller(changed(cfg, seed=3), data, parts, teacher, {"test": torch.zeros(17)})
+    assert (distiller.student, distiller.teacher) == (parts.student.network, teacher)
+    assert distiller.recipe is parts.recipe
+    settings = distiller.settings
+    assert (settings.num_classes, settings.seed, settings.validates_on) == (4, 3, "test")
+    assert (settings.mean, settings.std) == ((0.1, 0.2, 0.3), tuple(data.std))
+    assert (settings.standardize_logits, settings.channels_last, settings.compiled) == (True, False, False)
+    assert set(distiller.teacher_predictions) == {"test"}
+
+
+def test_parameters_of_a_method_depend_on_the_seed_alone(cfg: DictConfig) -> None:
+    cfg = changed(cfg, method=configure("method=dml").method)
+    one, again, other = (make_distiller(changed(cfg, seed=seed), *assembled(cfg, seed), None) for seed in (0, 0, 1))
+    assert same(weights(one), weights(again))
+    assert not same(weights(one.method), weights(other.method))
+
+
+def test_a_second_student_does_not_get_the_first_ones_weights(cfg: DictConfig) -> None:
+    cfg = changed(cfg, method=configure("method=dml").method)
+    distiller: Any = make_distiller(cfg, *assembled(cfg), None)
+    assert not same(weights(distiller.method.peer), weights(distiller.student))
+    again: Any = make_distiller(cfg, *assembled(cfg), None)
+    assert same(weights(distiller.method.peer), weights(again.method.peer))
+
+
+def test_peers_differ_by_seed_and_number_and_leave_other_random_numbers_alone(cfg: DictConfig) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, again, second = (make_peer(cfg, 4, number) for number in (0, 0, 1))
+    assert torch.equal(torch.rand(2), expected)
+    other_seed = make_peer(changed(cfg, seed=1), 4, 0)
+    assert same(weights(first), weights(again))
+    assert not same(weights(first), weights(second))
+    assert not same(weights(first), weights(other_seed))
+
+
+def test_a_method_on_features_refuses_a_teacher_that_has_none(cfg: DictConfig) -> None:
+    cfg = changed(cfg, method=configure("method=at").method)
+    data, parts = assembled(cfg)
+    teacher: Any = copy.copy(make_untrained_teacher(cfg, data))
+    shapes = teacher.shapes(data.image_shape)
+    teacher.shapes = lambda image_shape: shapes._replace(features=())
+    with pytest.raises(UserError, match="method=at needs features, but the teacher resnet20 has none: choose a method"):
+        make_distiller(cfg, data, parts, teacher)
+
+
+def test_winograd_changes_the_student_for_training_only(cfg: DictConfig) -> None:
+    def convolutions(for_training: bool) -> set[str]:
+        data = make_data(cfg)
+        parts = make_parts(changed(cfg, winograd=True), data, make_method(cfg), for_training=for_training)
+        return {type(module).__name__ for module in parts.student.network.modules() if "Conv" in type(module).__name__}
+
+    assert convolutions(False) == {"Conv2d"}
+    assert convolutions(True) != {"Conv2d"}
+
+
+def test_classes_of_the_data_are_the_outputs_of_the_student() -> None:
+    for data, classes in CLASSES.items():
+        cfg = configure(f"data={data}", "model=resnet20_to_resnet8", "method=kd")
+        assert parts_of(cfg).student.network.classifier_layer.out_features == classes

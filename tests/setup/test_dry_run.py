@@ -1,0 +1,290 @@
+"""A mistake in a method or a network is reported in one sentence, before any teacher is trained."""
+
+import copy
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.common.errors import UserError
+from src.methods.method import LogitMethod, Method, Stage
+from src.setup import dry_run as module
+from src.setup.assemble import make_data, make_method, make_parts
+from src.setup.dry_run import dry_run, random_views, trial_teacher
+from tests.helpers.commands import assert_refused
+from tests.helpers.configure import METHODS, changed, configure
+from tests.helpers.place import Place
+from tests.helpers.tiny import same, weights, write_arrays
+
+
+class CrossEntropy(Method):
+    """A method without mistakes."""
+
+    def weights(self, epoch):
+        return {"cross_entropy": 1.0}
+
+    def terms(self, batch):
+        return {"cross_entropy": F.cross_entropy(batch.student.logits, batch.target)}
+
+
+class TermWithoutWeight(CrossEntropy):
+    def terms(self, batch):
+        return {**super().terms(batch), "forgotten": batch.student.logits.mean()}
+
+
+class WeightWithoutTerm(CrossEntropy):
+    def weights(self, epoch):
+        return {**super().weights(epoch), "forgotten": 1.0}
+
+
+class OneTermForEachImage(CrossEntropy):
+    def terms(self, batch):
+        return {"cross_entropy": F.cross_entropy(batch.student.logits, batch.target, reduction="none")}
+
+
+class TermOfTheWrongType(CrossEntropy):
+    def terms(self, batch):
+        return {"cross_entropy": super().terms(batch)["cross_entropy"].item()}
+
+
+class TermsWithoutNames(CrossEntropy):
+    def terms(self, batch):
+        return super().terms(batch)["cross_entropy"]
+
+
+class MissingKey(CrossEntropy):
+    def terms(self, batch):
+        return {"cross_entropy": {"student": 0}["logits"]}  # the line of this mistake is part of the sentence
+
+
+class WrongShape(CrossEntropy):
+    def terms(self, batch):
+        return {"cross_entropy": F.cross_entropy(batch.student.logits[:, None], batch.target)}  # raised within torch
+
+
+class NothingTrained(CrossEntropy):
+    def terms(self, batch):
+        return {"cross_entropy": F.cross_entropy(batch.teacher.logits, batch.target)}
+
+
+class NoWeight(CrossEntropy):
+    def weights(self, epoch):
+        return {"cross_entropy": 0.0}
+
+
+class FeaturesNotRequested(CrossEntropy):
+    def terms(self, batch):
+        return {"cross_entropy": batch.student.features[0].mean()}
+
+
+class TeacherNotRequested(CrossEntropy):
+    needs_teacher = False
+
+    def terms(self, batch):
+        return {"cross_entropy": batch.teacher.logits.mean()}
+
+
+class MistakeInAStage(CrossEntropy):
+    def stages(self):
+        return (Stage("first", TermWithoutWeight(), epochs=1),)
+
+
+class MistakeInAllocate(CrossEntropy):
+    def allocate(self, networks):
+        raise ValueError("no such size")
+
+
+class MistakeInDistillation(LogitMethod):
+    def weights(self, epoch):
+        return {"cross_entropy": 1.0, "difference": 1.0}
+
+    def distillation(self, logits, batch):
+        return {"difference": (logits.student - logits.teacher).square()}
+
+
+class CountsCalls(CrossEntropy):
+    """A method with a buffer that every call changes."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def terms(self, batch):
+        self.calls += 1
+        return super().terms(batch)
+
+
+def line_of(method: type, text: str) -> int:
+    lines, first = inspect.getsourcelines(method)
+    return first + next(number for number, line in enumerate(lines) if text in line)
+
+
+HERE = "tests/setup/test_dry_run.py, line"
+SCALAR = "return a scalar, such as the mean over the batch."
+WITHOUT_WEIGHT = "The method computes the term 'forgotten', but its weights() lacks it: add its weight there."
+MISTAKES: dict[type[Method], str] = {
+    TermWithoutWeight: WITHOUT_WEIGHT,
+    WeightWithoutTerm: (
+        "The method's weights() has 'forgotten', but no term has this name: remove it or compute the term."
+    ),
+    OneTermForEachImage: f"The method's term 'cross_entropy' is a tensor of shape [4]: {SCALAR}",
+    TermOfTheWrongType: f"The method's term 'cross_entropy' is a float: {SCALAR}",
+    TermsWithoutNames: "The method's terms are a Tensor: return a dict of scalar tensors by name.",
+    NothingTrained: "The method's terms depend on nothing that is trained: compute them from the student's output.",
+    NoWeight: "The method's weights are all 0 in the first epoch: raise the weight of at least one term.",
+    FeaturesNotRequested: (
+        "The method reads features without asking for them: set needs_features = True in its class."
+    ),
+    TeacherNotRequested: (
+        "The method reads the teacher, but its class sets needs_teacher or reads_teacher to False: set it to True."
+    ),
+    MistakeInAStage: WITHOUT_WEIGHT,
+    MistakeInDistillation: f"The method's term 'difference' is a tensor of shape [4, 4]: {SCALAR}",
+}
+FAILURES: dict[type[Method], str] = {
+    MissingKey: f"KeyError: 'logits' in {HERE} {line_of(MissingKey, 'the line of this mistake')}.",
+    WrongShape: f" in {HERE} {line_of(WrongShape, 'raised within torch')}.",
+    MistakeInAllocate: f"ValueError: no such size in {HERE} {line_of(MistakeInAllocate, 'no such size')}.",
+}
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> DictConfig:
+    """A small pair on tiny arrays."""
+    composed = configure("model=resnet20_to_resnet8", "data=arrays", "method=vanilla", "schedule.batch_size=8")
+    return changed(composed, data__path=str(write_arrays(tmp_path / "tiny.npz")))
+
+
+def tried(cfg: DictConfig, method: type[Method] | None = None) -> tuple[Any, Any]:
+    """Make the data and the parts, and try the method."""
+    if method:
+        cfg = changed(cfg, method___target_=f"{__name__}.{method.__name__}", method__name="mine")
+    made = make_method(cfg)
+    data = make_data(cfg, made.views_per_image)
+    parts = make_parts(cfg, data, made)
+    dry_run(cfg, data, parts)
+    return data, parts
+
+
+# Mistakes in methods
+
+
+@pytest.mark.parametrize("method", MISTAKES, ids=lambda method: method.__name__)
+def test_a_mistake_in_a_method_is_one_sentence(cfg: DictConfig, method: type[Method]) -> None:
+    with pytest.raises(UserError) as caught:
+        tried(cfg, method)
+    assert str(caught.value) == f"method=mine: {MISTAKES[method]}"
+
+
+@pytest.mark.parametrize("method", FAILURES, ids=lambda method: method.__name__)
+def test_a_method_that_fails_is_one_sentence_with_file_and_line(cfg: DictConfig, method: type[Method]) -> None:
+    with pytest.raises(UserError) as caught:
+        tried(cfg, method)
+    sentence = str(caught.value)
+    assert sentence.startswith("method=mine fails on random images: ")
+    assert sentence.endswith(FAILURES[method])
+    assert "\n" not in sentence
+
+
+def test_an_error_in_code_outside_of_the_project_is_named_with_its_full_path(
+    cfg: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "elsewhere.py"
+    file.write_text("def fail(batch):\n    return {}['key']\n")
+    names: dict[str, Any] = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    monkeypatch.setattr(CrossEntropy, "terms", lambda self, batch: names["fail"](batch))
+    with pytest.raises(UserError) as caught:
+        tried(cfg, CrossEntropy)
+    assert str(caught.value) == f"method=mine fails on random images: KeyError: 'key' in {file}, line 2."
+
+
+@pytest.mark.parametrize("method", [TermWithoutWeight, MissingKey])
+def test_a_mistake_shows_before_a_teacher_is_trained(place: Place, method: type[Method]) -> None:
+    ran = place.train("method=vanilla", f"method._target_={__name__}.{method.__name__}", "method.name=mine")
+    assert_refused(ran, "method=mine")
+    assert "There is no teacher" not in ran.out
+    assert "Training" not in ran.out
+    assert not list(place.runs.rglob("*"))
+
+
+# Mistakes elsewhere
+
+
+def test_a_sentence_that_is_not_about_the_method_stays_as_it_is(cfg: DictConfig) -> None:
+    with pytest.raises(UserError, match=r"^model\.teacher\.nonsense=1 is not an option of src\.models\.resnet\."):
+        tried(changed(cfg, method=configure("method=kd").method, model__teacher=with_key(cfg.model.teacher)))
+
+
+def with_key(node: DictConfig) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(node)
+    return {**found, "nonsense": 1}
+
+
+def test_a_network_that_fails_is_named_by_file_and_line(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any) -> Tensor:
+        raise RuntimeError("the sizes do not match")  # in a network
+
+    monkeypatch.setattr("src.models.resnet.CifarResNet.forward_features", forward)
+    line = line_of(test_a_network_that_fails_is_named_by_file_and_line, "# in a network")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"RuntimeError: the sizes do not match in {re.escape(HERE)} {line}\.$"):
+        tried(cfg)
+
+
+# Methods without mistakes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_passes(cfg: DictConfig, method: str) -> None:
+    composed = configure(f"method={method}", "model=resnet20_to_resnet8")
+    tried(changed(cfg, method=composed.method, serialization=composed.serialization))
+
+
+def test_a_dry_run_changes_nothing(cfg: DictConfig) -> None:
+    cfg = changed(cfg, method___target_=f"{__name__}.CountsCalls", compile=True)
+    before = copy.deepcopy(cfg)
+    data = make_data(cfg)
+    parts = make_parts(cfg, data, make_method(cfg))
+    modules = nn.ModuleList([parts.student.network, parts.method, parts.serialization])
+    trained = weights(modules)
+    dry_run(cfg, data, parts)
+    assert cfg == before
+    assert same(weights(modules), trained)
+    assert data.trainer is None
+
+
+def test_several_methods_and_their_stages_are_tried_together(cfg: DictConfig) -> None:
+    composed = configure("method=kd", "method@also=ab", "model=resnet20_to_resnet8")
+    tried(changed(cfg, method=composed.method, also=composed.also))
+
+
+# What a method is tried on
+
+
+def test_random_views_have_the_shape_and_the_labels_of_training_images(cfg: DictConfig) -> None:
+    data = make_data(cfg, views_per_image=2)
+    one, again = random_views(data), random_views(data)
+    assert [images.shape for images in one.images] == [(module.IMAGES, 3, 16, 16)] * 2
+    assert {images.dtype for images in one.images} == {torch.uint8}
+    assert not one.images[0].equal(one.images[1])
+    assert one.target.equal(data.source.train_labels[one.index])
+    assert all(images.equal(other) for images, other in zip(one.images, again.images, strict=True))
+
+
+def test_the_trial_teacher_has_random_weights_even_if_there_is_a_file(cfg: DictConfig, tmp_path: Path) -> None:
+    teacher = trial_teacher(changed(cfg, teacher__path=str(tmp_path / "missing.pth")), make_data(cfg))
+    assert teacher.network.classifier_layer.out_features == 4
+
+
+def test_a_program_is_loaded_because_it_cannot_be_made_again(cfg: DictConfig, tmp_path: Path) -> None:
+    cfg = changed(cfg, teacher__path=str(tmp_path / "missing.pt"), teacher__allow_program=True)
+    with pytest.raises(UserError, match=r"missing\.pt does not exist"):
+        trial_teacher(cfg, make_data(cfg))
