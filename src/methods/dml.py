@@ -10,7 +10,7 @@ predictions of the other. The peer is trained beside the student and dropped wit
 and kept.
 
 The paper updates the two in turn, the second after the first has moved. Here both move at once, from the same
-predictions, as in its released successors.
+predictions.
 """
 
 from pydantic import NonNegativeFloat
