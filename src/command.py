@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,50 +23,48 @@ from torch import distributed
 
 import src.config  # noqa: F401  # registers the schemas and resolvers of conf/
 from src.common.errors import UserError
+from src.common.gpus import pin_gpu
 from src.common.secrecy import RedactingRecord, RedactingStream, without_secrets
 from src.runs.lock import BusyError
 from src.runs.signals import stop_on_signal
+from src.runs.sweep import JobError, failures_reported, is_pinned
 
 NO_SHARED_MEMORY = re.compile(
     r"</torch_|shared memory|DataLoader worker .* (killed|exited)|ancdata|Too many open files"
 )
 """Messages by which torch and Python report that processes cannot share tensors."""
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+"""Part of torch's message about an operator of a library's network that deterministic=true does not allow."""
 PROCESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")
 """Variables that Lightning sets for the processes of a run. The next run would mistake them for a cluster's."""
 
 
-class SweepError(UserError):
-    """Some jobs of a sweep failed. Each of them has already reported its own message."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.jobs: list[list[str]] = []
-        self.failed: list[list[str]] = []
-
-    def __str__(self) -> str:
-        """List the failed jobs, each by the overrides that not all jobs share."""
-        shared = set.intersection(*map(set, self.jobs)) if len(self.jobs) > 1 else set()
-        names = [" ".join(override for override in job if override not in shared) for job in self.failed]
-        return f"{len(self.failed)} of {len(self.jobs)} jobs failed: {'; '.join(names)}."
+MISSING_EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/sweeper/optuna": "search",
+}
+"""Configurations that come with an extra of pyproject.toml, and its name."""
 
 
 def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Wrap a task for `hydra.main`, so that each failure is reported at once and a sweep continues.
 
-    After a sweep, the wrapped task raises one error that lists all failed jobs. Hydra alone would raise only the error
-    of the first failed job.
+    A launcher may call the wrapped task in another process, which the wrapper then sets up like the command's own.
     """
-    sweep = SweepError()
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
+        set_up_process()
         overrides = list(HydraConfig.get().overrides.task)
-        sweep.jobs.append(overrides)
         try:
             _check_choices(overrides)
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 return task(cfg)
-            _redact(Path(HydraConfig.get().sweep.dir) / "multirun.yaml")
+            if is_pinned(HydraConfig.get()):
+                pin_gpu()
             with _own_processes(overrides):
                 return task(cfg)
         except Exception as error:
@@ -78,17 +77,9 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                 print(f"{sentence} This sweep skips the run.")
                 return None
             print(f"error: {sentence}" if sentence else traceback.format_exc(), file=sys.stderr)
-            sweep.failed.append(overrides)
-            raise sweep from None
+            raise JobError from None  # any other error might not survive the way from a worker process
 
     return run
-
-
-def _redact(file: Path) -> None:
-    """Remove secrets from a file to which Hydra has written the command line."""
-    text = file.read_text() if file.is_file() else ""
-    if text != (clean := without_secrets(text)):
-        file.write_text(clean)
 
 
 @contextlib.contextmanager
@@ -121,12 +112,12 @@ def _check_choices(overrides: Sequence[str]) -> None:
 
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command. A mistake of the user ends the command with one sentence and exit code 1, without a traceback."""
-    _quiet()
+    set_up_process()
     try:
         for override in sys.argv[1:]:
             if re.match(r"[+~]*(@[^=]*)?=", override):  # Hydra would end with a traceback
                 raise UserError(f"{override} does not name an option: write option=value. --help lists the options.")
-        with stop_on_signal():
+        with stop_on_signal(), failures_reported():
             main()
     except Exception as error:
         sentence = _sentence(error)
@@ -146,9 +137,21 @@ def _describe(error: BaseException) -> str | None:
         return _describe(error.__context__)
     if isinstance(error, (UserError, MisconfigurationException)):
         return " ".join(str(error).split())
+    if isinstance(error, hydra.errors.MissingConfigException) and error.missing_cfg_file in MISSING_EXTRAS:
+        extra = MISSING_EXTRAS[error.missing_cfg_file]
+        return f"{error.missing_cfg_file} needs the extra {extra}, which is not installed: pip install -e '.[{extra}]'."
     if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
         return _shorten(error)
     kept = "All checkpoints are kept, and the same command resumes a run."
+    if isinstance(error, BrokenProcessPool):
+        return (
+            "A process of the sweep was killed, perhaps for lack of memory: run fewer jobs at once with "
+            f"hydra.launcher.n_jobs=N. {kept}"
+        )
+    if isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
+        operator = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+        cure = "set trainer.deterministic=false (see docs/gpu.md)"
+        return f"{operator} has no deterministic form on this device: {cure}."
     if _lacks_shared_memory(error):
         reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2].rstrip(".")
         return f"The data's workers ran out of shared memory or open files ({reason}): set data.workers=0. {kept}"
@@ -167,18 +170,25 @@ def _lacks_shared_memory(error: BaseException) -> bool:
     return in_semaphore or NO_SHARED_MEMORY.search(str(error)) is not None
 
 
-def _quiet() -> None:
-    """Silence messages on which nobody can act, redact secrets, and let Hydra pass errors on."""
+def set_up_process() -> None:
+    """Silence messages on which nobody can act, redact secrets, and let Hydra pass errors on.
+
+    Every process that runs a job needs this, once. Further calls change nothing.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     logging.setLogRecordFactory(RedactingRecord)
-    sys.stderr = cast(Any, RedactingStream(sys.stderr))
+    if not isinstance(sys.stderr, RedactingStream):
+        sys.stderr = cast(Any, RedactingStream(sys.stderr))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # logs a failed import before it raises the error
     for message in (
         "does not have many workers",
+        "Grad strides do not match bucket view strides",  # of 1x1 convolutions, whose strides have two valid forms
         "treespec, LeafSpec",
+        "recommended to use .*sync_dist=True",  # TermLog and torchmetrics have reduced the values over the devices
         "resuming from a checkpoint that ended before the epoch ended",  # `EpochBatches` resumes in mid-epoch
+        "A worker stopped while some jobs were given to the executor",  # joblib starts another one
         "[Cc]heckpoint directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -7,9 +7,19 @@ import torch
 from src.data.array_file import save_arrays
 from tests.helpers.arrays import colour_arrays
 from tests.helpers.commands import run
+from tests.helpers.gpu import REHEARSAL
 from tests.helpers.place import RUNS, Place
 
 torch.set_num_threads(1)  # tests run side by side
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests with the marker `gpu` on a machine without a GPU, unless they are rehearsed on the CPU."""
+    if torch.cuda.is_available() or REHEARSAL:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, or AEKT_TEST_DEVICE=cpu for a rehearsal"))
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,22 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import MissingConfigException
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from src import command
-from src.command import SweepError, job, run_command
+from src.command import job, run_command
 from src.common.errors import UserError
 from src.runs.lock import BusyError
+from src.runs.sweep import JobError
 from tests.helpers.commands import Ran, assert_refused, run
 from tests.helpers.configure import CONF
 from tests.helpers.place import ROOT, SMALL, Place, result_of
@@ -41,7 +44,7 @@ def test_help_is_a_guide(name: str) -> None:
 
 
 def test_help_lists_every_group_of_conf_and_no_other() -> None:
-    groups = {str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {"."}
+    groups = {str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {".", "hydra/launcher"}
     listed = run("train", "--help").out.partition("Groups")[2].partition("\n\n")[2].partition("\n\n")[0].splitlines()
     assert {line.partition(":")[0] for line in listed} == groups
     for line in listed:
@@ -95,54 +98,46 @@ def test_a_job_that_fails_does_not_stop_the_others(place: Place) -> None:
     assert len(place.folders("vanilla")) == 1
 
 
-def test_failed_jobs_are_named_by_the_overrides_that_not_all_jobs_share() -> None:
-    error = SweepError()
-    error.jobs = [["method=kd", "seed=0"], ["method=kd", "seed=1"], ["method=kd", "seed=2", "data.flip=false"]]
-    error.failed = [error.jobs[1], error.jobs[2]]
-    assert str(error) == "2 of 3 jobs failed: seed=1; seed=2 data.flip=false."
-    error.jobs = error.failed = [["method=kd", "seed=0"]]
-    assert str(error) == "1 of 1 jobs failed: method=kd seed=0."
-
-
-def as_job(monkeypatch: pytest.MonkeyPatch, folder: Path, mode: RunMode, *overrides: str) -> None:
+def as_job(monkeypatch: pytest.MonkeyPatch, mode: RunMode, *overrides: str) -> None:
     """Let Hydra be in the middle of a job."""
-    state = {"overrides": {"task": list(overrides)}, "mode": mode, "sweep": {"dir": str(folder)}}
+    choices = {"hydra/launcher": "basic"}
+    state = {"overrides": {"task": list(overrides)}, "mode": mode, "runtime": {"choices": choices}}
     monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(state))
 
 
 def test_a_run_that_another_command_trains_is_skipped_in_a_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @job
     def task(cfg: Any) -> None:
         raise BusyError("Another command trains here.")
 
-    as_job(monkeypatch, tmp_path, RunMode.MULTIRUN, "seed=0")
+    as_job(monkeypatch, RunMode.MULTIRUN, "seed=0")
     assert task(OmegaConf.create()) is None
     assert capsys.readouterr().out == "Another command trains here. This sweep skips the run.\n"
-    as_job(monkeypatch, tmp_path, RunMode.RUN, "seed=0")
+    as_job(monkeypatch, RunMode.RUN, "seed=0")
     with pytest.raises(SystemExit, match=r"^error: Another command trains here\.$"):
         task(OmegaConf.create())
 
 
 def test_a_bug_in_a_job_of_a_sweep_has_its_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @job
     def task(cfg: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    as_job(monkeypatch, tmp_path, RunMode.MULTIRUN, "seed=0")
-    with pytest.raises(SweepError, match=r"^1 of 1 jobs failed: seed=0\.$"):
+    as_job(monkeypatch, RunMode.MULTIRUN, "seed=0")
+    with pytest.raises(JobError):
         task(OmegaConf.create())
     assert "ZeroDivisionError: a bug" in capsys.readouterr().err
-    as_job(monkeypatch, tmp_path, RunMode.RUN, "seed=0")
+    as_job(monkeypatch, RunMode.RUN, "seed=0")
     with pytest.raises(ZeroDivisionError):
         task(OmegaConf.create())
 
 
 def test_a_job_of_a_sweep_has_its_own_arguments_and_process_variables(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MASTER_PORT", "1234")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -153,21 +148,11 @@ def test_a_job_of_a_sweep_has_its_own_arguments_and_process_variables(
         os.environ.update(MASTER_PORT="5678", LOCAL_RANK="1")
         return sys.argv[1:]
 
-    as_job(monkeypatch, tmp_path, RunMode.MULTIRUN, "seed=3", "method=kd")
+    as_job(monkeypatch, RunMode.MULTIRUN, "seed=3", "method=kd")
     assert task(OmegaConf.create()) == ["seed=3", "method=kd"]
     assert sys.argv == before
     assert os.environ["MASTER_PORT"] == "1234"
     assert "LOCAL_RANK" not in os.environ
-
-
-def test_secrets_are_removed_from_the_command_line_that_hydra_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "multirun.yaml"
-    file.write_text("task: [data.root=https://user:password@host/path]\n")
-    as_job(monkeypatch, tmp_path, RunMode.MULTIRUN, "seed=0")
-    job(lambda cfg: None)(OmegaConf.create())
-    assert file.read_text() == "task: [data.root=https://host/path]\n"
 
 
 @pytest.mark.parametrize(
@@ -182,10 +167,8 @@ def test_secrets_are_removed_from_the_command_line_that_hydra_writes(
         ("hydra.searchpath=[file:///conf]", False),
     ],
 )
-def test_a_list_of_choices_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, is_refused: bool
-) -> None:
-    as_job(monkeypatch, tmp_path, RunMode.RUN, override)
+def test_a_list_of_choices_is_refused(monkeypatch: pytest.MonkeyPatch, override: str, is_refused: bool) -> None:
+    as_job(monkeypatch, RunMode.RUN, override)
     if is_refused:
         with pytest.raises(SystemExit) as caught:
             job(lambda cfg: None)(OmegaConf.create())
@@ -243,6 +226,20 @@ def workers_error() -> Exception:
             "signal: Bus error): set data.workers=0. All checkpoints are kept, and the same command resumes a run.",
         ),
         (
+            BrokenProcessPool("A process in the process pool was terminated abruptly."),
+            "error: A process of the sweep was killed, perhaps for lack of memory: run fewer jobs at once with "
+            "hydra.launcher.n_jobs=N. All checkpoints are kept, and the same command resumes a run.",
+        ),
+        (
+            MissingConfigException("In 'hydra/launcher/gpus': ...", missing_cfg_file="hydra/launcher/joblib"),
+            "error: hydra/launcher/joblib needs the extra joblib, which is not installed: pip install -e '.[joblib]'.",
+        ),
+        (
+            RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you ..."),
+            "error: adaptive_avg_pool2d_backward_cuda has no deterministic form on this device: set "
+            "trainer.deterministic=false (see docs/gpu.md).",
+        ),
+        (
             workers_error(),
             "error: The data's workers ran out of shared memory or open files (Too many open files (24)): set "
             "data.workers=0. All checkpoints are kept, and the same command resumes a run.",
@@ -281,8 +278,15 @@ def test_hydras_message_is_one_line_without_its_search_path(place: Place) -> Non
     assert "provider" not in ran.err
 
 
+def test_a_process_is_set_up_once(restored: None) -> None:
+    command.set_up_process()
+    stderr = sys.stderr
+    command.set_up_process()
+    assert sys.stderr is stderr
+
+
 def test_a_message_for_which_nobody_can_act_is_silenced(restored: None) -> None:
-    command._quiet()
+    command.set_up_process()
     with warnings.catch_warnings(record=True) as caught:
         warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck.", stacklevel=1)
         warnings.warn("The data is damaged.", stacklevel=1)

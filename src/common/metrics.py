@@ -62,15 +62,38 @@ class ExpectedCalibrationError(Metric):
         return (self.confidence - self.correct).abs().sum() / self.count.sum()
 
 
+class Agreement(Metric):
+    """The share of samples for which a network predicts the same class as another one."""
+
+    full_state_update = False
+    agreed: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("agreed", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, answer: Tensor) -> None:
+        """Add logits [B, C] and the classes [B] that the other network predicts. Samples of class -1 do not count."""
+        self.agreed += (preds.argmax(dim=1) == answer).sum()
+        self.count += (answer >= 0).sum()
+
+    def compute(self) -> Tensor:
+        """Return the share over all samples so far."""
+        return self.agreed / self.count
+
+
 def evaluation_metrics(num_classes: int) -> MetricCollection:
     """Make the metrics of every evaluation. Update them with logits [B, C] and targets [B].
 
-    All are fractions of 1, except the NLL, which is in nats.
+    All are fractions of 1, except the NLL, which is in nats. The accuracies do not validate their inputs, because on a
+    GPU the host would wait for the result.
     """
     return MetricCollection(
         {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes), validate_args=False),
             "nll": NegativeLogLikelihood(),
             "ece": ExpectedCalibrationError(),
         },

@@ -1,11 +1,14 @@
 """Resolvers: functions that `conf/` calls as `${name:arguments}`. Importing this module registers them."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from src.common.gpus import visible_gpus
 
 
 def scaled(epoch: int, of: int, epochs: int) -> int:
@@ -45,9 +48,14 @@ def processors() -> int:
 
 
 def terminal() -> bool:
-    """Return whether messages go to a terminal."""
-    return sys.stderr.isatty()
+    """Return whether messages go to a terminal, and come from a process that does not share it with other runs."""
+    return sys.stderr.isatty() and multiprocessing.parent_process() is None
 
 
-for resolver in (scaled, stem, of_pair, processors, terminal):
+def gpus() -> int:
+    """Count the GPUs that this process may use, or return 1 if there is none."""
+    return max(1, len(visible_gpus()))
+
+
+for resolver in (scaled, stem, of_pair, processors, terminal, gpus):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

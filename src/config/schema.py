@@ -29,17 +29,17 @@ def marked(schema: type, mark: str) -> list[str]:
     """List the options of a schema that have a mark: `no_effect` or `student_only`.
 
     >>> marked(TrainOptions, "no_effect")
-    ['gradients', 'logger', 'runs', 'checkpoint_minutes', 'start_over']
+    ['gradients', 'logger', 'runs', 'checkpoint_minutes', 'check_loss_every_n_steps', 'start_over']
     """
     return [option.name for option in fields(schema) if option.metadata.get(mark)]
 
 
-def one_of(*choices: str) -> AfterValidator:
+def one_of(*choices: str | bool) -> AfterValidator:
     """Make a validator that allows only these values."""
 
-    def check(value: str) -> str:
+    def check(value: str | bool) -> str | bool:
         if value not in choices:
-            raise ValueError(f"choose one of {', '.join(choices)}")
+            raise ValueError(f"choose one of {', '.join(str(choice).lower() for choice in choices)}")
         return value
 
     return AfterValidator(check)
@@ -109,6 +109,8 @@ class ArrayDataOptions(DataOptions):
     prepare: Any = no_effect(None)
     path: str | None = no_effect(None)
     padding: NonNegativeInt = 4
+    device_memory: Annotated[Any, one_of("auto", True, False)] = no_effect("auto")
+    """Keep the images in the memory of the training device. "auto": on a GPU, if they fit."""
 
 
 @dataclass
@@ -231,9 +233,11 @@ class TrainOptions:
     seed: int = 0
     channels_last: bool = True
     compile: bool = False
+    tf32: bool = True
     winograd: bool = False
     runs: str = no_effect("runs")
     checkpoint_minutes: NonNegativeFloat = no_effect(10)
+    check_loss_every_n_steps: PositiveInt | None = no_effect(None)
     start_over: bool = no_effect(False)
 
 

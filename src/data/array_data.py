@@ -1,13 +1,15 @@
 """Images in memory, from an array file. Whole batches are augmented on the device."""
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from src.common.devices import fits_in_memory
 from src.common.errors import UserError
 from src.data.array_file import ImageArrays, load_arrays
 from src.data.image_data import ImageData, Reader, Samples, Share, Split
@@ -15,14 +17,17 @@ from src.data.views import crop_and_flip, draw_views, view_count
 
 
 class ArrayReader(Reader):
-    """Gathers a batch from images [N, 3, H, W] in memory. `index` selects and orders the images of the split."""
+    """Gathers a batch from images [N, 3, H, W] in the memory of the host or of a device.
+
+    `index` selects and orders the images of the split. It lies in the same memory.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, index: Tensor | None) -> None:
         self.images, self.labels, self.index = images, labels, index
 
     def __getitem__(self, share: Share) -> Samples:
         """Return the batch at these positions of the split."""
-        index = torch.tensor(share.positions)
+        index = torch.as_tensor(share.positions)
         rows = index if self.index is None else self.index[index]
         pixels = self.images.permute(0, 2, 3, 1).index_select(0, rows)  # NHWC: one block of memory per image
         return Samples((pixels.permute(0, 3, 1, 2),), self.labels[rows], index)
@@ -33,6 +38,9 @@ class ArrayData(ImageData):
 
     If `mean` or `std` is None, it is measured on the training images. A view is a random crop of the image with
     `padding` black pixels on each side. With `flip`, half of the views are mirrored.
+
+    With `device_memory`, the images lie in the memory of the training device, so that no batch has to be copied there.
+    "auto" means on a GPU on which they take at most half of the free memory. The views are the same in any case.
     """
 
     def __init__(
@@ -45,9 +53,12 @@ class ArrayData(ImageData):
         std: Sequence[float] | None,
         padding: int,
         flip: bool,
+        device_memory: bool | Literal["auto"] = "auto",
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.device_memory = device_memory
+        self.device_arrays: dict[torch.device, Mapping[str, Tensor]] = {}
         self.prepare_file, self.root, self.path = prepare, root, path
         self.given_mean, self.given_std = mean, std
         self.padding, self.flip = padding, flip
@@ -76,11 +87,41 @@ class ArrayData(ImageData):
             return ArrayReader(self.arrays.test_images, self.arrays.test_labels, index)
         return ArrayReader(self.arrays.train_images, self.arrays.train_labels, index)
 
+    def lies_on(self, device: torch.device) -> bool:
+        """Return whether training on this device reads the images from its memory."""
+        if self.device_memory != "auto":
+            return self.device_memory
+        size = sum(array.nbytes for array in self._host_arrays().values())
+        return device in self.device_arrays or fits_in_memory(size, device)
+
+    def device_reader(self, split: Split, index: Tensor | None, device: torch.device) -> ArrayReader:
+        """Return a reader of the images in the memory of a device. They are copied there once."""
+        if device not in self.device_arrays:
+            self.device_arrays[device] = {name: array.to(device) for name, array in self._host_arrays().items()}
+        arrays, part = self.device_arrays[device], "test" if split == "test" else "train"
+        index = index if index is None else index.to(device)
+        return ArrayReader(arrays[f"{part}_images"], arrays[f"{part}_labels"], index)
+
+    def _host_arrays(self) -> dict[str, Tensor]:
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return {name: getattr(self.arrays, name) for name in names}
+
+    def view_records(self, epochs: int) -> Tensor:
+        """List the records of the view store that a training of this many epochs reads, [R] int64, each once."""
+        images = len(self.arrays.train_labels)
+        is_read = torch.zeros(images * self.view_count(epochs), dtype=torch.bool)
+        for epoch, view in itertools.product(range(epochs), range(self.views_per_image)):
+            is_read[self.draw(self.train_index, epoch, view) * images + self.train_index] = True
+        return is_read.nonzero()[:, 0]
+
+    def draw(self, index: Tensor, epoch: int, view: int) -> Tensor:
+        """Draw the view numbers [B] int64 of the training images at the positions `index` [B]."""
+        return draw_views(index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip, view=view)
+
     def augment(self, batch: Samples, epoch: int) -> Samples:
         """Replace the images by their views in `epoch`."""
         (images,) = batch.images
-        draw = partial(draw_views, batch.index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip)
-        numbers = tuple(draw(view=view) for view in range(self.views_per_image))
+        numbers = tuple(self.draw(batch.index, epoch, view) for view in range(self.views_per_image))
         views = tuple(crop_and_flip(images, number, self.padding) for number in numbers)
         return batch._replace(images=views, view_numbers=numbers)
 

@@ -36,8 +36,8 @@ class Share(NamedTuple):
     """The part of one batch that one device reads."""
 
     epoch: int
-    positions: list[int]
-    """As in `Samples.index`."""
+    positions: list[int] | Tensor
+    """As in `Samples.index`. A tensor [B] int64 on the device if the images are in device memory."""
 
 
 class Reader(Dataset[Samples]):
@@ -61,7 +61,7 @@ class EpochBatches(Sampler[Share]):
 
     `index` [size] replaces each position by another number. `blocks` [size] is the storage block of each position:
     positions of one block then stay close together (see `epoch_order`). To resume within an epoch, epoch number
-    `epoch` skips its first `done` batches.
+    `epoch` skips its first `done` batches. With a `device`, positions are drawn and kept on it.
     """
 
     def __init__(
@@ -76,8 +76,10 @@ class EpochBatches(Sampler[Share]):
         world_size: int = 1,
         epoch: int = 0,
         done: int = 0,
+        device: torch.device | None = None,
     ) -> None:
-        self.size, self.batch_size, self.seed, self.index, self.blocks = size, batch_size, seed, index, blocks
+        self.size, self.batch_size, self.seed, self.blocks = size, batch_size, seed, blocks
+        self.index, self.device = index if index is None else index.to(device), device
         self.rank, self.world_size = rank, world_size
         self.epoch = self.resumed = epoch
         self.done = done
@@ -93,16 +95,17 @@ class EpochBatches(Sampler[Share]):
 
     def __iter__(self) -> Iterator[Share]:
         if self.seed is None:
-            order = torch.arange(self.size)
+            order = torch.arange(self.size, device=self.device)
         else:
-            order = epoch_order(self.seed, self.epoch, self.size, self.blocks)
+            order = epoch_order(self.seed, self.epoch, self.size, self.blocks, self.device)
         rows = order if self.index is None else self.index[order]
         batches = rows.split(self.batch_size) if self.seed is not None else rows.tensor_split(len(self))
         for batch in batches[self.done if self.epoch == self.resumed else 0 :]:
             if self.seed is not None:
                 batch = batch[: len(batch) - len(batch) % self.world_size]
-            if share := batch[self.rank :: self.world_size].tolist():
-                yield Share(self.epoch, share)
+            share = batch[self.rank :: self.world_size]
+            if len(share):
+                yield Share(self.epoch, share.tolist() if self.device is None else share.contiguous())
 
 
 class ImageData(L.LightningDataModule):
@@ -156,6 +159,18 @@ class ImageData(L.LightningDataModule):
     def augment(self, batch: Samples, epoch: int) -> Samples:
         """Replace the images of a training batch by their views in `epoch`. This runs on the device."""
         return batch
+
+    def lies_on(self, device: torch.device) -> bool:
+        """Return whether training on this device reads the images from its memory. If so, define the next two."""
+        return False
+
+    def device_reader(self, split: Split, index: Tensor | None, device: torch.device) -> Reader:
+        """Return a reader of images in the memory of a device."""
+        raise NotImplementedError
+
+    def view_records(self, epochs: int) -> Tensor:
+        """List the records of the view store that a training of this many epochs reads, [R] int64, each once."""
+        raise NotImplementedError
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -265,8 +280,9 @@ class ImageData(L.LightningDataModule):
             world_size=world_size,
             epoch=self.first_batch[0],
             done=self.first_batch[1],
+            device=self._storage(),
         )
-        return self._loader(self.reader("train"), batches)
+        return self._loader("train", None, batches)
 
     def val_dataloader(self) -> DataLoader[Samples]:
         """Return a loader of the split `validates_on`."""
@@ -278,11 +294,15 @@ class ImageData(L.LightningDataModule):
 
     def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> DataLoader[Samples]:
         """Return a loader of `val` or `test`, in order. The devices together read each image exactly once."""
-        reader = self.reader("val", self.val_index) if split == "val" else self.reader("test")
         batches = EpochBatches(
-            self.split_size(split), self.evaluation_batch_size, seed=None, rank=rank, world_size=world_size
+            self.split_size(split),
+            self.evaluation_batch_size,
+            seed=None,
+            rank=rank,
+            world_size=world_size,
+            device=self._storage(),
         )
-        return self._loader(reader, batches)
+        return self._loader("val", self.val_index, batches) if split == "val" else self._loader("test", None, batches)
 
     def test_images(self, positions: list[int]) -> Tensor:
         """Read the test images at `positions`: uint8 [N, 3, H, W]."""
@@ -293,16 +313,23 @@ class ImageData(L.LightningDataModule):
         assert self.trainer is not None
         return self.augment(batch, self.trainer.current_epoch) if self.trainer.training else batch
 
-    def _loader(self, reader: Reader, batches: EpochBatches) -> DataLoader[Samples]:
+    def _loader(self, split: Split, index: Tensor | None, batches: EpochBatches) -> DataLoader[Samples]:
+        device = batches.device
+        workers = self.workers if device is None else 0  # other processes do not see this process's device memory
         return DataLoader(
-            reader,
+            self.reader(split, index) if device is None else self.device_reader(split, index, device),
             batch_sampler=batches,  # type: ignore[arg-type]  # a batch is a Share
             collate_fn=_identity,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available() and device is None,
             worker_init_fn=_ignore_signals,
         )
+
+    def _storage(self) -> torch.device | None:
+        """Return the device whose memory holds the images of the trainer's loaders. None: the host's memory."""
+        device = self.trainer.strategy.root_device if self.trainer else None
+        return device if device is not None and self.lies_on(device) else None
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -74,14 +74,16 @@ BLOCKS_AT_ONCE = 16
 """Number of storage blocks that an epoch reads at the same time."""
 
 
-def epoch_order(seed: int, epoch: int, count: int, blocks: Tensor | None = None) -> Tensor:
-    """Draw the permutation of 0 .. count - 1 for an epoch, [count] int64.
+def epoch_order(
+    seed: int, epoch: int, count: int, blocks: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Draw the permutation of 0 .. count - 1 for an epoch, [count] int64, on `device` (None: the CPU).
 
     `blocks` [count] int64 is the storage block of each position. With it, the blocks come one after the other in random
     order, each spread over a stretch of BLOCKS_AT_ONCE blocks. Each block is then needed only once per epoch, for a
     short time.
     """
-    bits = random_bits(seed, epoch, torch.arange(count), ORDER)
+    bits = random_bits(seed, epoch, torch.arange(count, device=device), ORDER)
     if blocks is None:
         return torch.argsort(bits, stable=True)
     stored, block_of = blocks.unique(return_inverse=True)
@@ -161,14 +163,17 @@ def resized_crop_boxes(
     return torch.stack([left, top, width, height], dim=1).long(), draws[-1] < 0.5
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """Compute (images / 255 - mean) / std in float32, per channel, for uint8 images [B, C, H, W].
+
+    On a GPU, give `mean` and `std` as float32 tensors [C] on the same device. Numbers would be copied there at each
+    call, and the host would wait for the copies.
 
     >>> normalise(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), mean=[0.5], std=[0.25]).item()
     2.0
     """
-    scale = torch.tensor(std, device=images.device) * 255
-    shift = torch.tensor(mean, device=images.device) * 255
+    scale = torch.as_tensor(std, device=images.device) * 255
+    shift = torch.as_tensor(mean, device=images.device) * 255
     if images.stride(1) == 1:  # channels last: by whole rows, because torch would loop over 3 numbers at a time
         pixels, width = images.permute(0, 2, 3, 1), images.shape[3]
         rows = pixels.flatten(2).float().sub_(shift.repeat(width)).div_(scale.repeat(width))

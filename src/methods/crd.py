@@ -45,13 +45,14 @@ def contrast_loss(scores: Tensor, log_mean: Tensor) -> Tensor:
     return -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1:]).sum(dim=1)).mean()
 
 
-def draw_negatives(labels: Tensor, target: Tensor, count: int) -> Tensor:
+def draw_negatives(labels: Tensor, target: Tensor, count: int, *, always_enough: bool = False) -> Tensor:
     """Draw positions [B, count] in `labels` [M] whose class differs from `target` [B]. Labels of -1 are left out.
 
     No image is drawn twice for one sample, unless there are fewer than `count`. This is RepDistiller's mode "exact".
+    If every class is known to have `count` negatives, `always_enough` saves the check, which waits for the device.
     """
     others = (labels >= 0) & (labels != target[:, None])
-    if (others.sum(dim=1) < count).any():
+    if not always_enough and (others.sum(dim=1) < count).any():
         return torch.multinomial(others.float(), count, replacement=True)
     keys = torch.rand(others.shape, device=others.device).masked_fill(~others, -1)
     return keys.topk(count, sorted=False).indices
@@ -116,6 +117,9 @@ class CRD(Method):
                 "data with two or more."
             )
         self.register_buffer("labels", labels, persistent=False)
+        images_of_class = labels[labels >= 0].bincount()
+        self.always_enough = int(images_of_class.sum() - images_of_class.max()) >= self.negatives
+        self.is_measured = False
         bound = math.sqrt(3 / self.embedding_size)
         self.student_embedding = nn.Linear(networks.student_shapes.pooled, self.embedding_size)
         self.teacher_embedding = nn.Linear(networks.teacher_shapes.pooled, self.embedding_size)
@@ -136,7 +140,7 @@ class CRD(Method):
         student, teacher = pooled_pair(batch)
         student = unit(at_least_float32(self.student_embedding(student)), dim=1)
         teacher = unit(at_least_float32(self.teacher_embedding(teacher)), dim=1)
-        negatives = draw_negatives(self.labels, batch.target, self.negatives)
+        negatives = draw_negatives(self.labels, batch.target, self.negatives, always_enough=self.always_enough)
         chosen = torch.cat([batch.index[:, None], negatives], dim=1)
         scores = [
             self.scores(student, self.teacher_memory, chosen),
@@ -162,11 +166,12 @@ class CRD(Method):
 
     @torch.no_grad()
     def _measure(self, scores: list[Tensor]) -> None:
-        """Set log(mean e) on the first batch."""
-        if self.log_means.isnan().any():
+        """Set log(mean e) on the first batch. Only the first step of a process waits for the device to look."""
+        if not self.is_measured and self.log_means.isnan().any():
             shares = torch.stack([score.logsumexp((0, 1)) - math.log(score.numel()) for score in scores])[None]
             shares = gathered(shares)
             self.log_means = shares.logsumexp(dim=0) - math.log(len(shares))
+        self.is_measured = True
 
     @torch.no_grad()
     def _remember(self, index: Tensor, student: Tensor, teacher: Tensor) -> None:

@@ -53,6 +53,8 @@ def ctkd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: Tenso
 class CTKD(LogitMethod):
     """cross_entropy_weight * CE + kd_weight * KD at the learned temperature."""
 
+    can_be_compiled = False  # the curriculum's strength is another number in each epoch
+
     def __init__(
         self,
         *,

@@ -26,6 +26,7 @@ class DML(LogitMethod):
     """CE + mutual_weight * KL for the student, and the same for its peer."""
 
     needs_teacher = False
+    can_be_compiled = False  # the terms of the peer do not depend on the logits
     peer: Network
 
     def __init__(self, *, mutual_weight: NonNegativeFloat) -> None:

@@ -58,10 +58,21 @@ def averaged_to(features: Tensor, height: int, width: int) -> Tensor:
     if features.shape[2:] == (height, width):
         return features
     rows, columns = features.shape[2] / height, features.shape[3] / width
+    # Adaptive pooling would compute the same means, but its gradient is not deterministic on a GPU. Under
+    # `trainer.deterministic=true`, the backward pass would raise an error.
     if rows.is_integer() and columns.is_integer():
-        # Adaptive pooling would compute the same means, but its gradient is not reproducible on a GPU.
         return F.avg_pool2d(features, (int(rows), int(columns)))
-    return F.adaptive_avg_pool2d(features, (height, width))
+    return _window_means(_window_means(features, height, 2), width, 3)
+
+
+def _window_means(features: Tensor, count: int, dim: int) -> Tensor:
+    """Average `dim`, of size n, over the windows of adaptive pooling.
+
+    Window i runs from floor(i n / count) to ceil((i + 1) n / count). Where count does not divide n, windows overlap.
+    """
+    size = features.shape[dim]
+    windows = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    return torch.stack([features.narrow(dim, start, end - start).mean(dim) for start, end in windows], dim)
 
 
 def bounded(features: Tensor, dim: int | tuple[int, ...]) -> Tensor:

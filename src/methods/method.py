@@ -259,6 +259,10 @@ class LogitMethod(Method):
     standardized logits. The term `cross_entropy` is always there. `weights` gives its weight.
     """
 
+    can_be_compiled = True
+    """Whether `compile=true` may compile `distillation`. Set it to False if a number that it reads changes often, or if
+    one of its terms does not depend on the logits."""
+
     @property
     def distils_logits(self) -> bool:
         """Always true."""

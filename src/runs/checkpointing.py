@@ -13,8 +13,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from torch import distributed
 
+from src.common.devices import steps_between_waits
 from src.common.errors import UserError
 from src.common.files import atomic_write
 from src.models.checkpoints import read_file, serialize
@@ -61,6 +61,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     return found[1] if found else None
 
 
+def _do_nothing() -> None:
+    pass
+
+
 def _read(file: Path) -> dict[str, Any]:
     content = read_file(file, START_OVER)
     state = content.get("state_dict") if isinstance(content, dict) else None
@@ -91,14 +95,15 @@ class Checkpoints(Checkpoint):
     handler of `stop_on_signal` or of a cluster launcher. No checkpoint is saved after the last batch of an epoch,
     because the evaluation and the epoch's own checkpoint follow.
 
-    The checkpoint also holds Lightning's epoch means so far, which Lightning itself would lose.
+    Several devices decide together. For this they wait for each other, every `check_every` steps (see
+    `steps_between_waits`).
     """
 
-    def __init__(self, folder: Path, minutes: float) -> None:
+    def __init__(self, folder: Path, minutes: float, check_every: int | None = None) -> None:
         self.file = checkpoint_file(folder)
         self.interval = timedelta(minutes=minutes).total_seconds()
         self.saved = time.monotonic()
-        self.sums: dict[str, torch.Tensor] = {}
+        self.check_every = check_every
         self.received: int | None = None
         self.started = False
         self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -109,6 +114,9 @@ class Checkpoints(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             for number, handler in self.handlers.items():
                 signal.signal(number, self._receive if callable(handler) else handler)
+        # Without Lightning's handlers, no signal can be left for its own question to all devices in every step.
+        epoch_loop: Any = trainer.fit_loop.epoch_loop
+        epoch_loop._broadcast_sigterm_tensor = _do_nothing
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received == number:  # a second signal does not wait for the end of the batch
@@ -123,8 +131,9 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a signal has arrived or the interval is over. All devices decide together."""
-        self._restore_means(trainer)
+        """Save if a signal has arrived or the interval is over."""
+        if trainer.world_size > 1 and (batch_idx + 1) % steps_between_waits(trainer, self.check_every):
+            return
         due = self.received is not None or time.monotonic() - self.saved >= self.interval
         due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -146,38 +155,3 @@ class Checkpoints(Checkpoint):
             logger.save()  # a resumed run does not log the rows before its checkpoint again
         trainer.save_checkpoint(self.file, weights_only=False)
         self.saved = time.monotonic()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the sums behind the epoch means, of every device."""
-        progress: Any = trainer.fit_loop.epoch_progress.current
-        means = _epoch_means(trainer) if progress.ready > progress.processed else {}  # within an epoch only
-        sums = torch.tensor(
-            [(float(mean.value), float(mean.cumulated_batch_size)) for mean in means.values()], dtype=torch.float64
-        )
-        shares = [sums] * trainer.world_size
-        if trainer.world_size > 1:
-            distributed.all_gather_object(shares, sums)
-        checkpoint["epoch_sums"] = dict(zip(means, torch.stack(shares, dim=1), strict=True))
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Read the sums [devices, 2] of each mean, to restore them in the resumed epoch."""
-        self.sums = checkpoint["epoch_sums"]
-
-    def _restore_means(self, trainer: Trainer) -> None:
-        """Add the checkpoint's sums. Call this after the first batch, when Lightning has made its means again."""
-        means = _epoch_means(trainer)
-        for name, sums in self.sums.items():
-            mean = means[name]
-            if len(sums) == trainer.world_size:
-                value, size = sums[trainer.global_rank].tolist()
-            else:  # the number of devices has changed
-                value, size = sums.sum(dim=0).tolist() if trainer.is_global_zero else (0.0, 0.0)
-            mean.value = mean.value + value
-            mean.cumulated_batch_size = mean.cumulated_batch_size + int(size)
-        self.sums = {}
-
-
-def _epoch_means(trainer: Trainer) -> dict[str, Any]:
-    """Return Lightning's means over the training epoch, by name."""
-    results: Any = trainer.fit_loop.epoch_loop._results
-    return {name: metric for name, metric in results.items() if metric.meta.on_epoch and metric.meta.is_mean_reduction}

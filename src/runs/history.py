@@ -16,31 +16,51 @@ FILE = "metrics.csv"
 
 
 class History(Callback):
-    """Write `metrics.csv`, and one line per epoch to the log. The rows are part of the checkpoint."""
+    """Write `metrics.csv`, and one line per epoch to the log. The rows are part of the checkpoint.
+
+    `data_wait` is the share of the time of an epoch's training steps in which a step waits for its batch: until it is
+    read, on the device, and augmented. The term log, which provides the means of the loss, must come before this
+    callback.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / FILE
         self.rows: list[dict[str, float]] = []
-        self.epoch_start = 0.0
+        self.epoch_start = self.batch_end = 0.0
+        self.waited = 0.0
+        """Seconds of this epoch in which a step waited for its batch."""
         self.learning_rate = 0.0
         self.validated = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows so far, and the learning rate and the seconds so far of the current epoch."""
         seconds = time.monotonic() - self.epoch_start
-        return {"rows": self.rows, "learning_rate": self.learning_rate, "seconds": seconds}
+        return {"rows": self.rows, "learning_rate": self.learning_rate, "seconds": seconds, "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the rows up to the checkpoint. Later epochs are trained again."""
         self.rows = list(state_dict["rows"])
         self.learning_rate = state_dict["learning_rate"]
-        self.epoch_start = time.monotonic() - state_dict["seconds"]
+        self.waited = state_dict["waited"]
+        self.batch_end = time.monotonic()
+        self.epoch_start = self.batch_end - state_dict["seconds"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and note the learning rate. The scheduler changes it before `on_train_epoch_end`."""
         self.validated = False
         self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.epoch_start = time.monotonic()
+        self.waited = 0.0
+        self.epoch_start = self.batch_end = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Add the time since the end of the last batch."""
+        self.waited += time.monotonic() - self.batch_end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the time."""
+        self.batch_end = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that this epoch has metrics."""
@@ -56,8 +76,10 @@ class History(Callback):
             "epoch": trainer.current_epoch,
             "learning_rate": self.learning_rate,
             "seconds": time.monotonic() - self.epoch_start,
+            "data_wait": self.waited / max(self.batch_end - self.epoch_start, 1e-9),
             **values,
         }
+        pl_module.log("data_wait", row["data_wait"], rank_zero_only=True)
         self.rows.append(row)
         if trainer.is_global_zero:
             write_rows(self.file, self.rows)

@@ -37,6 +37,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             decides["model"][role] = _without_marked(network, NetworkOptions)
     if decides["trainer"].get("sync_batchnorm"):  # with it, several devices compute the same as one device
         del decides["trainer"]["sync_batchnorm"]
+    if decides["tf32"]:  # torch's default, and that of the runs before this option existed
+        del decides["tf32"]
     if not needs_teacher(cfg):
         decides["model"] = {"student": decides["model"]["student"]}
         del decides["teacher"]

@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from src.common.devices import fits_in_memory
 from src.common.errors import UserError
 from src.config.names import class_name
 from src.data.image_data import ImageData
@@ -24,6 +25,7 @@ from src.setup.networks import make_network, stated_facts
 from src.teachers import mdistiller
 from src.teachers.answers import Answers, answers_file, view_store_file
 from src.teachers.class_order import check_class_order, class_index
+from src.teachers.device_view_store import DeviceViewStore, device_bytes
 from src.teachers.teacher import Teacher
 from src.teachers.view_store import ViewStore
 
@@ -120,8 +122,10 @@ def make_teacher(cfg: DictConfig, data: ImageData, network: Network, facts: Mapp
         teacher.fold(data.image_shape)
     if cfg.teacher.winograd:
         teacher.use_winograd()
+    if cfg.compile:
+        teacher.compile()
     outputs = teacher.shapes(data.image_shape).logits
-    teacher.class_index = class_index(facts.get("class_names"), outputs, data.class_names)
+    teacher.select_classes(class_index(facts.get("class_names"), outputs, data.class_names))
     return teacher
 
 
@@ -146,7 +150,7 @@ def measure_teacher(
     _report_accuracy(cfg, facts, trained_here)
     check_class_order(answers["test"], facts.name)
     if cfg.teacher.view_store:
-        teacher.view_store = open_store(cfg, data, teacher, method)
+        teacher.view_store = open_store(cfg, data, teacher, method, trainer.strategy.root_device)
     predictions = {split: answer.predictions(data.split_size(split)) for split, answer in answers.items()}
     return MeasuredTeacher(teacher, facts, predictions)
 
@@ -193,16 +197,20 @@ def evaluation_answers(cfg: DictConfig, data: ImageData, teacher: Teacher, split
     return answers
 
 
-def open_store(cfg: DictConfig, data: ImageData, teacher: Teacher, method: Method) -> ViewStore | None:
+def open_store(
+    cfg: DictConfig, data: ImageData, teacher: Teacher, method: Method, device: torch.device
+) -> ViewStore | DeviceViewStore | None:
     """Open the teacher's view store. Returns None if the method needs features, because the store holds logits only.
 
-    Raises `UserError` if the store could outgrow `teacher.view_store_gigabytes` or the disk.
+    If the images lie in the memory of the device, the records that the run needs are copied there too, unless
+    `data.device_memory` is auto and they do not fit. Raises `UserError` if the store could outgrow
+    `teacher.view_store_gigabytes` or the disk.
     """
     if method.needs_features:
         log.info("method=%s needs the teacher's features, so it does not use the view store.", cfg.method.name)
         return None
     epochs = cfg.trainer.max_epochs
-    return ViewStore(
+    store = ViewStore(
         view_store_file(cfg, teacher, data),
         len(data.source.train_labels),
         data.view_count(epochs),
@@ -211,3 +219,8 @@ def open_store(cfg: DictConfig, data: ImageData, teacher: Teacher, method: Metho
         expected_answers=epochs * data.views_per_image * len(data.train_index),
         gigabytes=cfg.teacher.view_store_gigabytes,
     )
+    if not data.lies_on(device):
+        return store
+    records = data.view_records(epochs)
+    fits = cfg.data.device_memory is True or fits_in_memory(device_bytes(store, len(records)), device)
+    return DeviceViewStore(store, records, device) if fits else store

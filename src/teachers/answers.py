@@ -88,7 +88,8 @@ def answers_file(cfg: DictConfig, runs: Path, key: str, data: ImageData, split: 
 def view_store_file(cfg: DictConfig, teacher: Teacher, data: ImageData) -> Path:
     """Return the path of the teacher's view store for this data and precision, below the folder of all runs."""
     layout = "channels_last" if cfg.channels_last else "contiguous"
-    name = f"{cache_key(cfg, teacher.key, data)}-{layout}-{cfg.teacher.answer_dtype}-{data.views_name}.views"
+    kernels = "-compiled" if teacher.is_compiled else ""
+    name = f"{cache_key(cfg, teacher.key, data)}-{layout}{kernels}-{cfg.teacher.answer_dtype}-{data.views_name}.views"
     return Path(cfg.runs).expanduser() / "teachers" / name
 
 

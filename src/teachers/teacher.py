@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from src.models.folding import fold_batch_norms
 from src.models.network import Network, Output, Shapes, measure_shapes
 from src.models.preactivations import forward_features
 from src.models.winograd import use_winograd
+from src.teachers.device_view_store import DeviceViewStore
 from src.teachers.view_store import ViewStore
 
 ANSWER_BATCH = 16
@@ -48,14 +49,19 @@ class Teacher:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.mean, self.std = tuple(mean), tuple(std)
+        self.normalisation = torch.tensor([self.mean, self.std])
+        """Mean and standard deviation, [2, 3] on the device."""
         self.image_size = image_size
-        self.class_index = list(class_index) if class_index is not None else None
+        self.select_classes(class_index)
         self.precision, self.answer_dtype = precision, answer_dtype
         self.memory_format = torch.contiguous_format
         # The number of layers that are folded, and that use Winograd's algorithm.
         self.folded = self.winograd = 0
+        self.is_compiled = False
+        self.answer_view: Callable[[Tensor], Tensor] = network
+        self.forward_view: Callable[[Network, Tensor, bool], Output] = forward_features
         self.digest = self.digest_in_use = weights_digest(network)
-        self.view_store: ViewStore | None = None
+        self.view_store: ViewStore | DeviceViewStore | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         """Return the teacher itself, so that copies of the module that holds it (weight averages) share it."""
@@ -71,10 +77,17 @@ class Teacher:
             decides += ("winograd", self.winograd)
         return hashlib.sha256(repr(decides).encode()).hexdigest()
 
+    def select_classes(self, class_index: Sequence[int] | None) -> None:
+        """Select the logits of the data's classes, in their order. None selects all logits."""
+        self.class_index = list(class_index) if class_index is not None else None
+        self.columns = None if class_index is None else torch.tensor(self.class_index, device=self.normalisation.device)
+
     def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
         """Move the network to a device and a memory format."""
         self.network.to(device).to(memory_format=memory_format)
         self.memory_format = memory_format
+        self.normalisation = self.normalisation.to(device)
+        self.columns = None if self.columns is None else self.columns.to(device)
 
     def fold(self, image_shape: tuple[int, int, int]) -> None:
         """Fold batch norms into convolutions, for views of this shape [3, H, W]. Answers change by rounding only."""
@@ -87,6 +100,17 @@ class Teacher:
         Raises `UserError` without a C++ compiler.
         """
         self.winograd = use_winograd(self.network, frozen=True)
+
+    def finish_writing(self) -> None:
+        """Wait until all new answers are in the view store's file."""
+        if isinstance(self.view_store, DeviceViewStore):
+            self.view_store.flush()
+
+    def compile(self) -> None:
+        """Answer training views by compiled kernels. Answers change by rounding only."""
+        self.is_compiled = True
+        self.answer_view = torch.compile(self.network, dynamic=False)
+        self.forward_view = torch.compile(forward_features, dynamic=False)
 
     def check_unchanged(self) -> None:
         """Raise `UserError` if the weights have changed since they were loaded."""
@@ -115,13 +139,16 @@ class Teacher:
     def __call__(self, images: Tensor, preactivations: bool = False) -> Output:
         """Compute logits and features of uint8 views [B, 3, H, W]."""
         with self._autocast(images.device):
-            output = forward_features(self.network, self._inputs(images), preactivations)
-        return output._replace(logits=self._select_classes(output.logits))
+            output = self.forward_view(self.network, self._inputs(images), preactivations)
+        return output._replace(logits=self._selected(output.logits))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Compute logits [B, C] of uint8 views [B, 3, H, W]."""
+        """Compute logits [B, C] of uint8 images [B, 3, H, W]."""
+        return self._logits(self.network, images)
+
+    def _logits(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         with torch.inference_mode(), self._autocast(images.device):
-            logits = self._select_classes(self.network(self._inputs(images)))
+            logits = self._selected(network(self._inputs(images)))
         return logits.clone()  # a tensor from inference mode cannot take part in a loss
 
     def view_logits(self, images: Tensor, index: Tensor, view_numbers: Tensor) -> Tensor:
@@ -135,16 +162,19 @@ class Teacher:
         if self.view_store is None:
             return self.compute_view_logits(images)
         logits, unknown = self.view_store.read(index, view_numbers)
-        if unknown.any():
-            logits[unknown] = self.compute_view_logits(images[unknown.to(images.device)]).cpu()
-            self.view_store.write(index[unknown], view_numbers[unknown], logits[unknown])
-        return logits.to(images.device)
+        if unknown is None:
+            return logits
+        logits, places = logits.to(images.device), unknown.nonzero()[:, 0].to(images.device)
+        if len(places):
+            logits[places] = self.compute_view_logits(images[places])
+            self.view_store.write(index[places], view_numbers[places], logits[places])
+        return logits
 
     def compute_view_logits(self, images: Tensor) -> Tensor:
         """Compute logits float32 [B, C] of uint8 views [B, 3, H, W], rounded to `answer_dtype`."""
         filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % ANSWER_BATCH))
         batches = filled.split(ANSWER_BATCH if images.device.type == "cpu" else len(filled))
-        logits = torch.cat([self.logits(batch) for batch in batches])[: len(images)]
+        logits = torch.cat([self._logits(self.answer_view, batch) for batch in batches])[: len(images)]
         return logits.to(self.answer_dtype).float()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -160,7 +190,7 @@ class Teacher:
         if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
             size = (self.image_size, self.image_size)
             images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-        return normalise(images, self.mean, self.std).contiguous(memory_format=self.memory_format)
+        return normalise(images, *self.normalisation).contiguous(memory_format=self.memory_format)
 
-    def _select_classes(self, logits: Tensor) -> Tensor:
-        return logits if self.class_index is None else logits[:, self.class_index]
+    def _selected(self, logits: Tensor) -> Tensor:
+        return logits if self.columns is None else logits.index_select(1, self.columns)

@@ -44,7 +44,8 @@ class ViewStore:
         At most `expected_answers` records will be added (None: all of them). Raises `UserError` if the file could
         outgrow the disk or `gigabytes`, or if it is a link or not a regular file.
         """
-        self.images = images
+        self.images, self.dtype = images, dtype
+        self.size_in_records = images * view_count
         kind = np.float16 if dtype == torch.float16 else np.float32
         record = np.dtype([("logits", kind, (num_classes,)), ("check", "<u8")])
         self.size = size = images * view_count * record.itemsize
@@ -68,17 +69,21 @@ class ViewStore:
 
         Raises `UserError` if another program has shortened the file: reading beyond its end would kill the process.
         """
+        return self.read_rows(self._rows(index, view_numbers))
+
+    def read_rows(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the logits and the mask of `read` for these record numbers."""
         if os.fstat(self.file.fileno()).st_size < self.size:
             raise UserError(f"{self.file.name} was shortened while in use: run the same command again to repair it.")
-        found = self.records[self._rows(index, view_numbers)]
+        found = self.records[rows]
         unknown = [check != _checksum(logits) for logits, check in zip(found["logits"], found["check"], strict=True)]
         return torch.from_numpy(found["logits"].astype(np.float32)), torch.tensor(unknown)
 
     def write(self, index: Tensor, view_numbers: Tensor, logits: Tensor) -> None:
-        """Store logits [B, C]. Raises `UserError` if the disk is full."""
+        """Store logits [B, C] of any device. Raises `UserError` if the disk is full."""
         rows = self._rows(index, view_numbers)
         records = np.empty(len(rows), self.records.dtype)
-        records["logits"] = logits.numpy()
+        records["logits"] = logits.cpu().numpy()
         records["check"] = [_checksum(row) for row in records["logits"]]
         for row, record in zip(rows.tolist(), records, strict=True):
             self._write(record.tobytes(), row * records.itemsize)

@@ -12,25 +12,22 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassAccuracy
 
 from src.common.errors import UserError
-from src.common.metrics import evaluation_metrics
+from src.common.metrics import Agreement, evaluation_metrics
 from src.data.image_data import Samples
 from src.data.views import normalise
 from src.methods.method import Batch, DistillationLogits, LogitPair, Method, Stage, View, logits_only, weighted
-from src.models.network import Network
+from src.models.network import Network, Output
 from src.models.preactivations import forward_features
 from src.teachers.teacher import Teacher
+from src.training.acceleration import SideStream, compiled_terms, make_fused
 from src.training.dot import DOT
 from src.training.serialization import Serialization
 from src.training.standardization import standardize
+from src.training.term_log import ADVICE, TermLog
 
 EvaluationSplit = Literal["val", "test"]
-ADVICE = (
-    "try a lower schedule.learning_rate, a lower weight of the term that grew, or trainer.precision=32-true. The last "
-    "checkpoint is kept"
-)
 
 
 class Recipe(NamedTuple):
@@ -60,7 +57,7 @@ class Settings:
     standardize_logits: bool = False
     """Standardize the logits of student and teacher before distillation compares them."""
     compiled: bool = False
-    """Train the student through torch.compile. The module itself and its checkpoints stay the same."""
+    """Compile the student and the terms of a method on logits. The module and its checkpoints stay the same."""
 
 
 class Distiller(L.LightningModule):
@@ -92,11 +89,15 @@ class Distiller(L.LightningModule):
         self.recipe = recipe
         self.settings = settings
         self.teacher_predictions = teacher_predictions
+        self.normalisation: Tensor
+        self.register_buffer("normalisation", torch.tensor([settings.mean, settings.std]), persistent=False)
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.adjust_logits: Callable[[Tensor], Tensor] = standardize if settings.standardize_logits else nn.Identity()
         self.forward_student = torch.compile(forward_features, dynamic=False) if settings.compiled else forward_features
+        self.all_terms = compiled_terms(method) if settings.compiled else method.all_terms
+        self.teacher_stream = SideStream(torch.device("cpu"))
         self.metrics = evaluation_metrics(settings.num_classes)
-        self.agreement = MulticlassAccuracy(settings.num_classes, average="micro", ignore_index=-1)
+        self.agreement = Agreement()
         self.weighted_terms: Mapping[str, Tensor] = {}
         self.last_batch: tuple[Batch, DistillationLogits] | None = None
 
@@ -116,8 +117,16 @@ class Distiller(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Convert both networks to the memory format, and move the teacher to the device."""
         self.student.to(memory_format=self.memory_format)
+        device = self.trainer.strategy.root_device
+        self.teacher_stream = SideStream(device)
         if self.teacher is not None:
-            self.teacher.to(self.trainer.strategy.root_device, self.memory_format)
+            self.teacher.to(device, self.memory_format)
+        self.teacher_predictions = {split: each.to(device) for split, each in self.teacher_predictions.items()}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Add a `TermLog`, which logs the loss, unless the trainer has one."""
+        has_log = any(isinstance(callback, TermLog) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_log else [TermLog()]
 
     def configure_optimizers(self) -> Any:
         """Make one parameter group for student and method, and one for the serialization layer."""
@@ -129,7 +138,7 @@ class Distiller(L.LightningModule):
             groups.append({"params": layer, "lr": learning_rate * self.serialization.lr_scale})
             if self.serialization.weight_decay is not None:
                 groups[1]["weight_decay"] = self.serialization.weight_decay
-        optimizer = make_optimizer(groups)
+        optimizer = make_fused(make_optimizer, groups, self.trainer)
         steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if interval == "step" else {}
         scheduler = make_scheduler(optimizer, **steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
@@ -147,18 +156,13 @@ class Distiller(L.LightningModule):
         return batch, DistillationLogits(tuple(logits for _, logits in observed))
 
     def training_step(self, samples: Samples, batch_idx: int) -> Tensor:
-        """Return the loss, which is the sum of the method's weighted terms. Log the weighted terms and the loss."""
+        """Return the loss, which is the sum of the method's weighted terms."""
         batch, logits = self.observe(samples)
-        self.last_batch = batch, logits  # for callbacks that measure gradients; freed in `backward`
+        self.last_batch = batch, logits  # for callbacks; freed in `backward`
         with self._timed("terms"):
-            terms, weights = self.method.all_terms(batch, logits), self.method.weights(self.current_epoch)
+            terms, weights = self.all_terms(batch, logits), self.method.weights(self.current_epoch)
         self.weighted_terms = weighted(terms, weights)
-        loss = torch.stack(list(self.weighted_terms.values())).sum()
-        self._check_finite(loss, batch_idx)
-        logged = {f"train/{name}": term.detach() for name, term in {**self.weighted_terms, "loss": loss}.items()}
-        self.log_dict(logged, on_step=True, on_epoch=True, batch_size=len(batch.target), sync_dist=True)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=len(batch.target))
-        return loss
+        return torch.stack(list(self.weighted_terms.values())).sum()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Let the method combine the gradients of its terms. DOT first computes the gradient of cross-entropy alone."""
@@ -171,11 +175,14 @@ class Distiller(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise `UserError` before anything is written if a weight is not finite or the teacher has changed."""
         trained = itertools.chain(self.named_parameters(), self.student.named_buffers(prefix="student"))
-        bad = next((name for name, value in trained if not torch.isfinite(value).all()), None)
-        if bad is not None:
+        names, values = zip(*trained, strict=True)
+        finite = torch.stack([value.isfinite().all() for value in values]).tolist()
+        if not all(finite):
+            bad = names[finite.index(False)]
             raise UserError(f"{bad} is not finite in epoch {self.current_epoch}: {ADVICE}.")
         if self.teacher is not None:
             self.teacher.check_unchanged()
+            self.teacher.finish_writing()
 
     def predict_logits(self, images: Tensor) -> Tensor:
         """Compute logits [B, C] of uint8 images [B, 3, H, W] as at inference, without the serialization layer."""
@@ -203,9 +210,12 @@ class Distiller(L.LightningModule):
         return trainer.profiler.profile(part) if trainer else nullcontext()
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return normalise(images, self.settings.mean, self.settings.std).to(memory_format=self.memory_format)
+        mean, std = self.normalisation
+        return normalise(images, mean, std).to(memory_format=self.memory_format)
 
     def _observe_view(self, images: Tensor, index: Tensor, view_numbers: Tensor) -> tuple[View, LogitPair]:
+        with self._timed("teacher"), self.teacher_stream.beside():
+            teacher = self._observe_teacher(images, index, view_numbers)
         inputs = self._normalised(images)
         preactivations = self.method.needs_preactivations
         with self._timed("student"):
@@ -214,29 +224,23 @@ class Distiller(L.LightningModule):
             )
         student = self.method.restrict(output)
         student_logits = self.adjust_logits(self.serialization(output.logits, output.pooled))
-        if self.teacher is None or not self.method.reads_teacher:
-            return View(inputs, student, None), LogitPair(student_logits, None)
-        with self._timed("teacher"):
-            teacher = (
-                self.method.restrict(self.teacher(images, preactivations))
-                if self.method.needs_features
-                else logits_only(self.teacher.view_logits(images, index, view_numbers))
-            )
-        return View(inputs, student, teacher), LogitPair(student_logits, self.adjust_logits(teacher.logits))
+        self.teacher_stream.join()
+        teacher_logits = None if teacher is None else self.adjust_logits(teacher.logits)
+        return View(inputs, student, teacher), LogitPair(student_logits, teacher_logits)
 
-    def _check_finite(self, loss: Tensor, batch_idx: int) -> None:
-        if torch.isfinite(loss):
-            return
-        values = ", ".join(f"{name} {float(term.detach()):.4g}" for name, term in self.weighted_terms.items())
-        raise UserError(
-            f"The loss is not finite in epoch {self.current_epoch}, batch {batch_idx} ({values}): {ADVICE}."
-        )
+    def _observe_teacher(self, images: Tensor, index: Tensor, view_numbers: Tensor) -> Output | None:
+        if self.teacher is None or not self.method.reads_teacher:
+            return None
+        if self.method.needs_features:
+            return self.method.restrict(self.teacher(images, self.method.needs_preactivations))
+        return logits_only(self.teacher.view_logits(images, index, view_numbers))
 
     def _score(self, batch: Samples, split: EvaluationSplit) -> None:
         logits = self.predict_logits(batch.images[0])
         self.metrics.update(logits, batch.target)
         if split in self.teacher_predictions:
-            self.agreement.update(logits, self.teacher_predictions[split].to(logits.device)[batch.index])
+            answer = self.teacher_predictions[split].index_select(0, batch.index)
+            self.agreement.update(logits, answer)
 
     def _log_metrics(self, split: EvaluationSplit) -> None:
         values = {f"{split}/{name}": value for name, value in self.metrics.compute().items()}
@@ -244,5 +248,5 @@ class Distiller(L.LightningModule):
             values[f"{split}/agreement"] = self.agreement.compute()
         self.metrics.reset()
         self.agreement.reset()
-        self.log_dict(values, sync_dist=True)
-        self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False, sync_dist=True)
+        self.log_dict(values)
+        self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False)

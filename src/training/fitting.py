@@ -7,12 +7,14 @@ from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from omegaconf import DictConfig
 
 from src.common.errors import UserError
 from src.config.instantiate import instantiate
 from src.config.names import class_name
 from src.data.image_data import ImageData
+from src.methods.method import Method
 from src.runs.checkpointing import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -24,6 +26,7 @@ from src.runs.history import History
 from src.runs.result import START_OVER
 from src.training.distiller import Distiller
 from src.training.gradient_anatomy import GradientAnatomy
+from src.training.term_log import TermLog
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,9 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     Raises `UserError` if the machine lacks the device, or if the batch size is not divisible by the number of
     devices.
     """
+    torch.backends.cudnn.allow_tf32 = cfg.tf32
+    # Under deterministic=true, torch fills all memory before it is used. Nothing here reads memory before writing it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         trainer: L.Trainer = hydra.utils.instantiate(cfg.trainer, **overrides)
     except Exception as error:
@@ -47,6 +53,22 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     return trainer
 
 
+def strategy_options(cfg: DictConfig, method: Method) -> dict[str, Any]:
+    """Return the trainer's option `strategy` with what the method needs or allows, if it differs from `cfg`.
+
+    With stages, DDP must not wait for the parameters that only another stage trains. Without them, every step has the
+    same graph if the same terms have a weight in all epochs.
+    """
+    strategy, has_stages = cfg.trainer.strategy, bool(method.stages())
+    if isinstance(strategy, str):
+        needs_more = has_stages and strategy in ("ddp", "ddp_fork")
+        return {"strategy": f"{strategy}_find_unused_parameters_true"} if needs_more else {}
+    weights = [method.weights(epoch) for epoch in range(cfg.trainer.max_epochs)]
+    is_static = len({tuple(name for name, weight in each.items() if weight) for each in weights}) == 1
+    options = {"find_unused_parameters": True} if has_stages else {"static_graph": is_static}
+    return {"strategy": hydra.utils.instantiate(strategy, **options)}
+
+
 def make_logger(cfg: DictConfig, folder: Path) -> Any:
     """Make the configured logger. Returns False without one. One log line says whether W&B is on."""
     if not cfg.logger or class_name(cfg.logger) != "wandb_logger":
@@ -56,19 +78,16 @@ def make_logger(cfg: DictConfig, folder: Path) -> Any:
 
 def fit(cfg: DictConfig, distiller: Distiller, data: ImageData, folder: Path) -> L.Trainer:
     """Train the stages of the method, then the main stage. Returns the main stage's trainer."""
-    stages = distiller.method.stages()
-    options: dict[str, Any] = {}
-    if stages and cfg.trainer.strategy in ("ddp", "ddp_fork"):  # DDP must not wait for the parameters of other stages
-        options["strategy"] = f"{cfg.trainer.strategy}_find_unused_parameters_true"
-    for stage in stages:
+    for stage in distiller.method.stages():
         epochs = min(stage.epochs, cfg.trainer.max_epochs)  # one epoch with trainer=debug
         log.info("Stage %s, before the main stage. Epochs: %d", stage.name, epochs)
         place = folder / "stages" / stage.name
-        _fit_stage(cfg, distiller.for_stage(stage), data, place, max_epochs=epochs, logger=False, **options)
+        options = {"max_epochs": epochs, "logger": False, **strategy_options(cfg, distiller.method)}
+        _fit_stage(cfg, distiller.for_stage(stage), data, place, **options)
     averaging = [hydra.utils.instantiate(cfg.averaging)] if cfg.averaging else []
     anatomy = [GradientAnatomy(folder, **cfg.gradients)] if cfg.gradients.every else []
-    options |= {"callbacks": [*averaging, *anatomy], "logger": make_logger(cfg, folder)}
-    trainer = _fit_stage(cfg, distiller, data, folder, **options)
+    options = {"callbacks": [*averaging, *anatomy], "logger": make_logger(cfg, folder)}
+    trainer = _fit_stage(cfg, distiller, data, folder, **options, **strategy_options(cfg, distiller.method))
     # Lightning loads the average only at the end of a training epoch. A run that resumes after its last epoch has none.
     if averaging and (kept := read_checkpoint(folder)):
         distiller.load_state_dict(kept["state_dict"])
@@ -88,8 +107,10 @@ def _fit_stage(
     Raises `UserError` if that checkpoint does not fit the module.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder, cfg.checkpoint_minutes)
-    trainer = make_trainer(cfg, callbacks=[History(folder), *callbacks, checkpoints], **trainer_options)
+    checkpoints = Checkpoints(folder, cfg.checkpoint_minutes, cfg.check_loss_every_n_steps)
+    # The term log comes first, because the history reads its means.
+    all_callbacks = [TermLog(cfg.check_loss_every_n_steps), History(folder), *callbacks, checkpoints]
+    trainer = make_trainer(cfg, callbacks=all_callbacks, **trainer_options)
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     found = newest_intact_checkpoint(folder)
     if found and found[0] != checkpoint_file(folder):

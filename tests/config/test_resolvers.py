@@ -4,11 +4,12 @@ import os
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from src.config.instantiate import instantiate
 from src.config.names import method_name
 from src.config.resolvers import processors, scaled, stem, terminal
-from tests.helpers.configure import configure, parts_of
+from tests.helpers.configure import CONF, configure, parts_of
 
 # Epochs
 
@@ -60,6 +61,16 @@ def test_a_progress_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> Non
     for answer in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda answer=answer: answer)
         assert terminal() is answer
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())  # as in a process of a sweep
+    assert terminal() is False
+
+
+@pytest.mark.parametrize(("visible", "jobs"), [("3,5", 2), ("", 1)])
+def test_a_sweep_runs_one_job_per_gpu(monkeypatch: pytest.MonkeyPatch, visible: str, jobs: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["hydra/launcher=gpus"], return_hydra_config=True)
+    assert cfg.hydra.launcher.n_jobs == jobs
 
 
 # Constants by pair

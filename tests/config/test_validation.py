@@ -15,6 +15,7 @@ from tests.helpers.configure import changed, configure, without
 INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
     (): [
         ("checkpoint_minutes", -1.0, "greater than or equal to 0"),
+        ("check_loss_every_n_steps", 0, "greater than 0"),
         ("schedule.epochs", 0, "greater than 0"),
         ("schedule.epochs", -1, "greater than 0"),
         ("schedule.batch_size", 0, "greater than 0"),
@@ -42,6 +43,7 @@ INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
         ("data.mean", [0.5], "give one number for each of the 3 channels"),
         ("data.std", [], "give one number for each of the 3 channels"),
         ("data.padding", -1, "greater than or equal to 0"),
+        ("data.device_memory", "gpu", "choose one of auto, true, false"),
         ("model.teacher.learning_rate", 0, "greater than 0"),
         ("model.teacher.mean", [0.5], "give one number for each of the 3 channels"),
         ("model.student.std", [0.5], "give one number for each of the 3 channels"),

@@ -28,7 +28,7 @@ def as_rank(data: ArrayData, rank: int, world_size: int) -> ArrayData:
 
 def positions(batches: EpochBatches) -> list[list[int]]:
     """List the positions in each batch."""
-    return [share.positions for share in batches]
+    return [list(share.positions) for share in batches]
 
 
 def indices_of(parts: list[Samples]) -> Tensor:
@@ -60,7 +60,7 @@ class Recorder(L.LightningModule):
 
     def training_step(self, batch: Samples) -> Tensor:
         self.trained.append((self.current_epoch, batch.index, batch.images[0]))
-        return self.layer(torch.ones(1, 1)).sum()
+        return self.layer(torch.ones(1, 1, device=self.device)).sum()
 
     def validation_step(self, batch: Samples) -> None:
         self.validated.append(batch.images[0])

@@ -67,7 +67,9 @@ class Place:
     def logged(self) -> set[tuple[str, str, str]]:
         """Return step, name and value of everything that was logged. Steps trained twice are logged twice."""
         rows = [row for file in self.runs.rglob("steps/*/metrics.csv") for row in csv.DictReader(file.open())]
-        return {(row["step"], name, value) for row in rows for name, value in row.items() if value}
+        return {
+            (row["step"], name, value) for row in rows for name, value in row.items() if value and name != "data_wait"
+        }
 
 
 def train(arguments: Sequence[str], kill_at: int | None, by: int, note: Path) -> None:
@@ -95,7 +97,7 @@ def train(arguments: Sequence[str], kill_at: int | None, by: int, note: Path) ->
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
     """List the places at which two structures differ, apart from times and paths."""
-    if where.endswith(("/seconds", "/source", "/dirpath", "/path", "/runs", "/root")):
+    if where.endswith(("/seconds", "/data_wait", "/waited", "/source", "/dirpath", "/path", "/runs", "/root")):
         return []
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = [] if one.keys() == other.keys() else [f"{where}: {list(one)} {list(other)}"]

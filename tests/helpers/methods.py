@@ -96,9 +96,9 @@ def networks_of(
     return Networks(student or new(), taught_by(new_teacher), (3, 16, 16), labels, new)
 
 
-def some_images(count: int = 4) -> Tensor:
-    """Draw uint8 images [count, 3, 16, 16], the same ones in every call."""
-    return torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def some_images(count: int = 4, size: int = 16) -> Tensor:
+    """Draw uint8 images [count, 3, size, size], the same ones in every call."""
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def some_samples() -> Samples:
@@ -112,12 +112,13 @@ def changed_batch(
     teacher: Teacher,
     change: Callable[[Tensor], Tensor] = torch.clone,
     dtype: torch.dtype = torch.float32,
+    size: int = 16,
 ) -> Batch:
-    """Make a batch of four images with all outputs of both networks. `change` changes each tensor.
+    """Make a batch of four images of `size` pixels, with all outputs of both networks. `change` changes each tensor.
 
     The tensors have no history. A test may call `requires_grad_` on them.
     """
-    images = some_images()
+    images = some_images(size=size)
     with torch.no_grad():
         outputs = [forward_features(student, normalise(images, MEAN, STD), True), teacher(images, True)]
     changed = []

@@ -118,6 +118,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def without_clock(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the rows of a history without the columns that depend on the time."""
+    return [{name: value for name, value in row.items() if name not in ("seconds", "data_wait")} for row in rows]
+
+
 @contextlib.contextmanager
 def by_threads(count: int) -> Iterator[None]:
     """Compute with this number of threads in the block."""

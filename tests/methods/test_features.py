@@ -65,10 +65,16 @@ def test_shapes_of_stages_match_the_pairs():
 # Averages
 
 
-@pytest.mark.parametrize(("size", "smaller"), [((8, 8), (2, 4)), ((4, 4), (4, 4)), ((7, 5), (3, 2)), ((6, 5), (3, 2))])
-def test_averages_match_adaptive_pooling(size: tuple[int, int], smaller: tuple[int, int]):
-    features = drawn((2, 3, *size), 1)
-    torch.testing.assert_close(averaged_to(features, *smaller), F.adaptive_avg_pool2d(features, smaller))
+SIZES = [((8, 8), (2, 4)), ((4, 4), (4, 4)), ((7, 5), (3, 2)), ((6, 5), (3, 2)), ((8, 7), (7, 4)), ((9, 4), (4, 4))]
+
+
+@pytest.mark.parametrize(("size", "smaller"), SIZES)
+def test_averages_and_their_gradients_match_adaptive_pooling(size: tuple[int, int], smaller: tuple[int, int]):
+    features, upstream = drawn((2, 3, *size), 1).requires_grad_(), drawn((2, 3, *smaller), 2)
+    found, wanted = averaged_to(features, *smaller), F.adaptive_avg_pool2d(features, smaller)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(averages, features, upstream)[0] for averages in (found, wanted)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_two_maps_meet_at_the_smaller_height_and_the_smaller_width():

@@ -154,36 +154,3 @@ def test_the_second_signal_does_not_wait_for_the_batch(tmp_path: Path) -> None:
     assert ended == []
     checkpoints._receive(signal.SIGTERM, None)
     assert ended == [signal.SIGTERM]
-
-
-# Means over the epoch
-
-
-def mean(value: float, size: float) -> Any:
-    return SimpleNamespace(
-        value=torch.tensor(value),
-        cumulated_batch_size=torch.tensor(size),
-        meta=SimpleNamespace(on_epoch=True, is_mean_reduction=True),
-    )
-
-
-def trainer_of(rank: int, devices: int, means: dict[str, Any]) -> Any:
-    loop = SimpleNamespace(epoch_loop=SimpleNamespace(_results=means))
-    return SimpleNamespace(fit_loop=loop, global_rank=rank, world_size=devices, is_global_zero=rank == 0)
-
-
-@pytest.mark.parametrize(
-    ("rank", "devices", "value", "size"),
-    [(0, 2, 11.0, 5), (1, 2, 21.0, 6), (0, 1, 31.0, 9), (0, 3, 31.0, 9), (1, 3, 1.0, 2)],
-    ids=["rank 0 of 2", "rank 1 of 2", "one device now", "rank 0 of 3", "rank 1 of 3"],
-)
-def test_a_resumed_epoch_continues_its_means_on_any_number_of_devices(
-    tmp_path: Path, rank: int, devices: int, value: float, size: int
-) -> None:
-    """Two devices saved sums of 10 over 3 images and 20 over 4. The first batch has added 1 over 2 images."""
-    checkpoints, means = Checkpoints(tmp_path, 1000), {"train/loss": mean(1.0, 2)}
-    sums = {"epoch_sums": {"train/loss": torch.tensor([[10.0, 3.0], [20.0, 4.0]])}}
-    checkpoints.on_load_checkpoint(trainer_of(rank, devices, means), None, sums)  # type: ignore[arg-type]
-    for _ in range(2):  # the second batch restores nothing again
-        checkpoints._restore_means(trainer_of(rank, devices, means))
-    assert (float(means["train/loss"].value), int(means["train/loss"].cumulated_batch_size)) == (value, size)

@@ -4,19 +4,21 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from src.methods.vanilla import Vanilla
 from src.runs.history import FILE, History, read_history
+from src.training.term_log import TermLog
 from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer
 
 
 def train(folder: Path, epochs: int, **options: Any) -> list[dict[str, float]]:
     """Train a tiny student and return the rows of its metrics.csv."""
     data = tiny_data(folder)
-    trainer = tiny_trainer(epochs, callbacks=[History(folder)], **options)
+    trainer = tiny_trainer(epochs, callbacks=[TermLog(), History(folder)], **options)
     trainer.fit(tiny_distiller(data, Vanilla()), datamodule=data)
     return read_history(folder)
 
@@ -26,10 +28,11 @@ def test_a_row_holds_the_epoch_its_loss_terms_and_its_metrics(tmp_path: Path) ->
     assert [row["epoch"] for row in rows] == [0, 1]
     for row in rows:
         assert row.keys() == {
-            "epoch", "learning_rate", "seconds", "train/cross_entropy", "train/loss", "test/accuracy", "test/top5",
-            "test/nll", "test/ece",
+            "epoch", "learning_rate", "seconds", "data_wait", "train/cross_entropy", "train/loss", "test/accuracy",
+            "test/top5", "test/nll", "test/ece",
         }  # fmt: skip
         assert row["seconds"] > 0
+        assert 0 < row["data_wait"] < 1
         assert row["train/loss"] == row["train/cross_entropy"]
 
 
@@ -49,7 +52,7 @@ def test_only_rank_zero_writes_the_file(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(
         callback_metrics={"train/loss_epoch": torch.tensor(1.0)}, current_epoch=0, is_global_zero=False
     )
-    history.on_train_epoch_end(trainer, None)  # type: ignore[arg-type]
+    history.on_train_epoch_end(trainer, Mock())
     assert [row["train/loss"] for row in history.rows] == [1.0]
     assert not (tmp_path / FILE).exists()
 
@@ -72,16 +75,21 @@ def test_a_progress_bar_replaces_the_lines(tmp_path: Path, caplog: pytest.LogCap
 def test_the_state_holds_the_rows_the_learning_rate_and_the_time_of_the_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 130.0, 1000.0, 1005.0])
+    clock = iter([100.0, 106.0, 120.0, 130.0, 1000.0, 1005.0, 1007.0])
     monkeypatch.setattr("src.runs.history.time.monotonic", lambda: next(clock))
     first, resumed = History(tmp_path), History(tmp_path)
     trainer: Any = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 0.3}])])
-    first.on_train_epoch_start(trainer, None)  # type: ignore[arg-type]  # at 100
+    module = Mock()
+    first.on_train_epoch_start(trainer, module)  # at 100
+    first.on_train_batch_start(trainer, module, None, 0)  # at 106
+    first.on_train_batch_end(trainer, module, None, None, 0)  # at 120
     first.rows.append({"epoch": 0})
     state = first.state_dict()  # at 130
-    assert state == {"rows": [{"epoch": 0}], "learning_rate": 0.3, "seconds": 30.0}
+    assert state == {"rows": [{"epoch": 0}], "learning_rate": 0.3, "seconds": 30.0, "waited": 6.0}
     resumed.load_state_dict(state)  # at 1000, on another clock
     assert resumed.state_dict() == {**state, "seconds": 35.0}  # at 1005
+    resumed.on_train_batch_start(trainer, module, None, 1)  # at 1007
+    assert resumed.waited == 6.0 + 7.0
     resumed.rows.append({"epoch": 1})
     assert first.rows == [{"epoch": 0}], "the rows are a copy"
 

@@ -115,6 +115,8 @@ def test_the_folder_of_runs_is_not_part_of_the_identity() -> None:
         "student.source=timm/resnet18",
         "trainer=debug",
         "trainer.precision=bf16-mixed",
+        "trainer.deterministic=false",
+        "trainer.benchmark=true",
         "channels_last=false",
         "compile=true",
         "winograd=true",
@@ -126,6 +128,13 @@ def test_the_folder_of_runs_is_not_part_of_the_identity() -> None:
 )
 def test_options_that_can_change_a_result_change_the_folder(relevant: str) -> None:
     assert folder_of(relevant) != folder_of()
+
+
+def test_speed_instead_of_determinism_has_its_own_folder_on_each_trainer() -> None:
+    """The overrides that conf/trainer/gpu.yaml names."""
+    faster = ("trainer.deterministic=false", "trainer.benchmark=true")
+    assert folder_of("trainer=gpu") == folder_of()
+    assert folder_of("trainer=gpu", *faster) == folder_of(*faster) != folder_of()
 
 
 # Every option of the schema

@@ -16,8 +16,9 @@ from src.methods.vanilla import Vanilla
 from src.runs.checkpointing import AtomicCheckpointIO, Checkpoints, newest_intact_checkpoint
 from src.runs.history import History, read_history
 from src.runs.lock import locked
+from src.training.term_log import TermLog
 from tests.helpers.interruption import SMALL, Place, differences, write_sources
-from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer, weights
+from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer, weights, without_clock
 
 CASES = {
     "own parameters and banks": ("method=crd", "method@also=ctkd", "averaging=ema", "averaging.decay=0.9"),
@@ -108,13 +109,13 @@ def fit(
     distiller = tiny_distiller(data, Vanilla())
     scheduler = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1)
     distiller.recipe = distiller.recipe._replace(make_scheduler=scheduler, interval="step")
-    callbacks = [History(folder), Checkpoints(folder, 0), StopBefore(step)]
+    callbacks = [TermLog(), History(folder), Checkpoints(folder, 0), StopBefore(step)]
     trainer = tiny_trainer(3, enable_checkpointing=True, callbacks=callbacks, check_val_every_n_epoch=2)
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     found = newest_intact_checkpoint(folder)
     with nullcontext() if step is None else pytest.raises(StoppedError):
         trainer.fit(distiller, datamodule=data, ckpt_path=found[0] if found else None)
-    return weights(distiller), [{**row, "seconds": 0.0} for row in read_history(folder)]
+    return weights(distiller), without_clock(read_history(folder))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

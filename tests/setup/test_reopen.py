@@ -43,9 +43,10 @@ def copied(copies: Place) -> Path:
 # Configurations
 
 
-def test_a_runs_configuration_is_adapted_to_one_device_of_this_machine(copied: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", {"_target_": "lightning.pytorch.strategies.DDPStrategy"}])
+def test_a_runs_configuration_is_adapted_to_one_device_of_this_machine(copied: Path, strategy: Any) -> None:
     config: Any = OmegaConf.load(copied / "config.yaml")
-    config.trainer.update(accelerator="gpu", devices=8, strategy="ddp")
+    config.trainer.update(accelerator="gpu", devices=8, strategy=strategy)
     config.data.root = "/nowhere"
     OmegaConf.save(config, copied / "config.yaml")
     cfg = read_config(copied, "here")

@@ -11,10 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from src.common.errors import UserError
+from src.data import array_data
 from src.data.imagenet import WNIDS
 from src.models.checkpoints import save_weights, weights_digest
 from src.models.resnet import resnet8, resnet20, resnet20_option_a
 from src.models.torchvision_networks import resnet18
+from src.setup import teacher as setup_teacher
 from src.setup.assemble import make_data, make_method
 from src.setup.teacher import (
     evaluation_answers,
@@ -27,6 +29,8 @@ from src.setup.teacher import (
     teacher_places,
 )
 from src.teachers.answers import Answers
+from src.teachers.device_view_store import DeviceViewStore
+from src.teachers.view_store import ViewStore
 from src.training.fitting import make_trainer
 from tests.helpers.configure import changed, configure, without
 from tests.helpers.place import Place
@@ -278,11 +282,29 @@ def test_facts_state_the_published_accuracy_if_there_is_one(cfg: DictConfig) -> 
 def test_a_method_on_features_has_no_view_store(cfg: DictConfig, caplog: pytest.LogCaptureFixture) -> None:
     data = make_data(cfg)
     teacher = make_untrained_teacher(cfg, data)
-    assert open_store(cfg, data, teacher, make_method(cfg)) is not None
+    assert open_store(cfg, data, teacher, make_method(cfg), torch.device("cpu")) is not None
     with caplog.at_level(logging.INFO):
         on_features = changed(cfg, method=configure("method=at").method)
-        assert open_store(on_features, data, teacher, make_method(on_features)) is None
+        assert open_store(on_features, data, teacher, make_method(on_features), torch.device("cpu")) is None
     assert "method=at needs the teacher's features, so it does not use the view store." in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("memory", "free", "kind"),
+    [(True, 0, DeviceViewStore), ("auto", 10**6, DeviceViewStore), ("auto", 10**5, ViewStore)],
+)
+def test_the_view_store_is_copied_to_the_device_that_holds_the_images_if_it_fits(
+    cfg: DictConfig, monkeypatch: pytest.MonkeyPatch, memory: object, free: int, kind: type
+) -> None:
+    """The images take 47 kB, and the 162 views of 44 images with their records about 280 kB."""
+    cfg.data.device_memory = memory
+    data = make_data(cfg)
+    monkeypatch.setattr(array_data, "fits_in_memory", lambda size, device: size <= free)
+    monkeypatch.setattr(setup_teacher, "fits_in_memory", lambda size, device: size <= free)
+    opened = open_store(cfg, data, make_untrained_teacher(cfg, data), make_method(cfg), torch.device("cpu"))
+    assert type(opened) is kind
+    if isinstance(opened, DeviceViewStore):
+        assert len(opened.logits) == len(data.view_records(cfg.schedule.epochs)) + 1
 
 
 def test_a_difference_from_the_published_accuracy_is_a_warning_that_says_what_to_check(place: Place) -> None:

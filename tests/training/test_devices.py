@@ -22,6 +22,7 @@ from tests.helpers.tiny import (
     tiny_trainer,
     weights,
     without_batch_norm,
+    without_clock,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def python(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def histories(place: Path) -> dict[str, list[dict[str, float]]]:
     """Return the rows of each finished run below a folder, without their times."""
     rows = {str(file.parent.relative_to(place)): read_history(file.parent) for file in place.rglob("result.json")}
-    return {name: [{**row, "seconds": 0.0} for row in history] for name, history in rows.items()}
+    return {name: without_clock(history) for name, history in rows.items()}
 
 
 @pytest.mark.slow

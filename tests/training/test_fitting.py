@@ -19,7 +19,7 @@ from src.runs.checkpointing import checkpoint_file, previous_file
 from src.runs.history import read_history
 from src.training import fitting
 from src.training.distiller import Distiller
-from src.training.fitting import fit, make_logger, make_trainer
+from src.training.fitting import fit, make_logger, make_trainer, strategy_options
 from tests.helpers.configure import changed, configure
 from tests.helpers.tiny import CLASSES, kd, same, tiny_data, tiny_distiller, tiny_teacher, weights
 
@@ -149,6 +149,47 @@ def test_ddp_does_not_wait_for_the_parameters_of_other_stages(
     fit(cfg, tiny_distiller(data, TwoStages()), data, folder)
     fit(cfg, tiny_distiller(data, Vanilla()), data, folder)
     assert chosen == [f"{strategy}_find_unused_parameters_true"] * 3 + [None]
+
+
+class Fading(Vanilla):
+    """A second term that has no weight from epoch 1 on."""
+
+    def weights(self, epoch: int) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "fading": 1.0 if epoch == 0 else 0.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (Vanilla(), {"static_graph": True}),
+        (Fading(), {"static_graph": False}),
+        (TwoStages(), {"find_unused_parameters": True}),
+    ],
+    ids=["one graph", "a term loses its weight", "stages"],
+)
+def test_ddp_assumes_what_the_method_allows(method: Method, options: dict[str, bool]) -> None:
+    node = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "gradient_as_bucket_view": True}
+    method.adapter = nn.Identity()  # the stages refer to it
+    strategy = strategy_options(config(trainer__strategy=node), method)["strategy"]
+    assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True, **options}
+
+
+def test_the_trainers_of_several_devices_do_not_copy_gradients() -> None:
+    for name in ("ddp", "ddp_cpu", "slurm"):
+        assert configure(f"trainer={name}").trainer.strategy.gradient_as_bucket_view is True
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_an_option(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    make_trainer(config(tf32=tf32))
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+def test_the_deterministic_mode_does_not_fill_memory() -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    make_trainer(config())
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 # Checkpoints

@@ -14,7 +14,8 @@ from src.methods.method import Method
 from src.methods.vanilla import Vanilla
 from src.runs.history import History, read_history
 from src.training.serialization import Parallel, Serial, Serialization
-from tests.helpers.tiny import kd, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+from src.training.term_log import TermLog
+from tests.helpers.tiny import kd, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights, without_clock
 
 
 def aekt() -> AEKT:
@@ -35,13 +36,9 @@ def train(
     )
     folder.mkdir(exist_ok=True)
     history = History(folder)
-    trainer = tiny_trainer(epochs, enable_checkpointing=True, callbacks=[history, checkpoint])
+    trainer = tiny_trainer(epochs, enable_checkpointing=True, callbacks=[TermLog(), history, checkpoint])
     trainer.fit(distiller, datamodule=data, ckpt_path=resume)
     return weights(distiller), read_history(folder)
-
-
-def without_clock(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def test_two_runs_of_one_seed_are_the_same_to_the_last_bit(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""Facts about the device that trains."""
+
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+
+def fits_in_memory(size: int, device: torch.device) -> bool:
+    """Return whether `size` bytes take at most half of a GPU's free memory. Always false for other devices.
+
+    >>> fits_in_memory(1, torch.device("cpu"))
+    False
+    """
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return size <= free // 2
+
+
+def steps_between_waits(trainer: Trainer, wanted: int | None) -> int:
+    """Return the number of steps after which the host may wait for the device.
+
+    `wanted` is the configured number. None means every step on a CPU, where nothing is waited for, and every
+    `log_every_n_steps` steps on other devices, which then work ahead of the host's checks.
+    """
+    if wanted is not None:
+        return wanted
+    interval: Any = vars(trainer)["log_every_n_steps"]  # Lightning does not declare this attribute
+    return 1 if trainer.strategy.root_device.type == "cpu" else interval or 1

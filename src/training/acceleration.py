@@ -1,0 +1,85 @@
+"""Faster training steps, chiefly on a GPU: compiled terms, fused optimisers, and a stream for the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from src.methods.method import Batch, DistillationLogits, LogitMethod, Method, cross_entropy
+from src.models.network import Output
+
+Terms = Callable[[Batch, DistillationLogits], Mapping[str, Tensor]]
+
+
+def compiled_terms(method: Method) -> Terms:
+    """Return `method.all_terms`, with the distillation compiled by torch.compile if the method allows this.
+
+    Cross-entropy stays outside, so that its gradient does not reach the logits for distillation even as a zero.
+    """
+    if not isinstance(method, LogitMethod) or not method.can_be_compiled:
+        return method.all_terms
+    distillation = torch.compile(method.distillation, dynamic=False)
+
+    def all_terms(batch: Batch, logits: DistillationLogits) -> Mapping[str, Tensor]:
+        return {"cross_entropy": cross_entropy(batch), **distillation(logits, _with_plain_outputs(batch))}
+
+    return all_terms
+
+
+def _with_plain_outputs(batch: Batch) -> Batch:
+    """Replace the outputs by logits alone. The compiler reads every field, and a `WithoutFeatures` refuses that."""
+    views = tuple(view._replace(student=_plain(view.student), teacher=_plain(view.teacher)) for view in batch.views)
+    return dataclasses.replace(batch, views=views)
+
+
+def _plain(output: Output | None) -> Any:
+    return output if output is None else Output(output.logits, (), output.logits)
+
+
+def make_fused(make_optimizer: Callable[..., Optimizer], groups: Any, trainer: Trainer) -> Optimizer:
+    """Make the optimiser, on a GPU with one fused kernel if it has one and the configuration does not choose.
+
+    Under float16, a fused optimiser scales the gradients itself. Lightning can then not clip them.
+    """
+    optimizer = make_optimizer(groups)
+    is_undecided = all(optimizer.defaults.get(option, False) is None for option in ("fused", "foreach"))
+    clips_scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val is not None
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return make_optimizer(groups, fused=True) if on_gpu and is_undecided and not clips_scaled else optimizer
+
+
+class SideStream:
+    """A second CUDA stream, on which a part of a step runs beside the rest. On other devices, it runs in place.
+
+    The block of `beside` sees everything that was computed before it. The rest of the step must call `join` before it
+    reads a result of the block. Memory is then safe without further marks: whatever reuses it waits for both streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SideStream:
+        """Return the stream itself: a weight average copies the module that holds it."""
+        return self
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run the block on the second stream."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """Let everything that follows wait for the second stream."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
