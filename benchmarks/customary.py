@@ -26,8 +26,8 @@ def masked_dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: fl
     return F.cross_entropy(student, target) + tckd + 8 * nckd * temperature**2
 
 
-def torchvision_loader(data: ArrayData, batch_size: int, repeats: int = 1) -> DataLoader[Any]:
-    """Load the same images with torchvision's CIFAR100, with the usual transforms and 2 workers.
+def torchvision_loader(data: ArrayData, batch_size: int, repeats: int = 1, workers: int = 2) -> DataLoader[Any]:
+    """Load the same images with torchvision's CIFAR100, and the usual transforms of each image.
 
     An epoch has every image `repeats` times.
     """
@@ -44,11 +44,13 @@ def torchvision_loader(data: ArrayData, batch_size: int, repeats: int = 1) -> Da
             transforms.Normalize(data.mean, data.std),
         ]
     )
-    return DataLoader(dataset, batch_size, shuffle=True, num_workers=2, drop_last=True)
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True)
 
 
-def time_plain_loop(student: nn.Module, teacher: nn.Module, loader: DataLoader[Any], steps: int) -> float:
-    """Train with `masked_dkd` in a plain loop. Returns the seconds per step.
+def time_plain_loop(
+    student: nn.Module, teacher: nn.Module, loader: DataLoader[Any], steps: int, device: torch.device | None = None
+) -> float:
+    """Train with `masked_dkd` in a plain loop, on the device of both networks. Returns the seconds per step.
 
     The clock starts after the first batch, when the loader's workers have started and fetch ahead.
     """
@@ -57,7 +59,7 @@ def time_plain_loop(student: nn.Module, teacher: nn.Module, loader: DataLoader[A
     next(batches)
 
     def step() -> None:
-        images, target = next(batches)
+        images, target = (x.to(device, non_blocking=True) for x in next(batches))
         with torch.no_grad():
             teacher_logits = teacher(images)
         loss = masked_dkd(student(images), teacher_logits, target)

@@ -99,9 +99,12 @@ def _differentiate(
     student.grad = None
 
 
-def method_loss(method: Method, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Sum the weighted terms of a method on logits [B, C], as in an epoch after every warm-up."""
-    view = View(torch.empty(0), logits_only(student), logits_only(teacher))
+def method_loss(method: Method, student: Tensor, teacher: Tensor, target: Tensor, own: Tensor | None = None) -> Tensor:
+    """Sum the weighted terms of a method on logits [B, C], as in an epoch after every warm-up.
+
+    `own` are the student's logits before the serialization layer (None: there is no such layer).
+    """
+    view = View(torch.empty(0), logits_only(student if own is None else own), logits_only(teacher))
     batch = Batch((view,), target, index=target, epoch=1000, step=0)
     terms = method.all_terms(batch, DistillationLogits((LogitPair(student, teacher),)))
     return torch.stack(list(weighted(terms, method.weights(batch.epoch)).values())).sum()

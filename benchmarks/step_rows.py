@@ -1,28 +1,24 @@
 """Rows about a training step: with stored answers, compiled, with Winograd, in Lightning's loop, and larger."""
 
-import contextlib
-import io
 import itertools
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import lightning as L
-import torch
-from omegaconf import OmegaConf
 
 from benchmarks.customary import time_plain_loop, torchvision_loader
 from benchmarks.images import CLASSES, write_random_images
 from benchmarks.timing import Place, Row, divide, measure_in_turn, milliseconds
-from benchmarks.trial import CONF, SMALLEST, Trial, batches_per_epoch, make_step_timer, make_trial
-from src.analysis.predictions import count_macs
-from src.runs.checkpointing import Checkpoints
-from src.runs.history import History
+from benchmarks.trial import (
+    SMALLEST,
+    Clock,
+    Trial,
+    batches_per_epoch,
+    fit_timed,
+    make_step_timer,
+    make_trial,
+    step_operations,
+)
 from src.setup.networks import make_network
-from src.training.fitting import make_logger, make_trainer
 
 
 def step_stored(place: Place) -> Iterator[Row]:
@@ -128,10 +124,7 @@ def _customary_side(place: Place, trial: Trial, batch_size: int) -> tuple[Callab
     student, teacher = (make_network(trial.cfg.model[role], "model", CLASSES) for role in ("student", "teacher"))
     steps = place.options.steps
     loader = torchvision_loader(trial.data, batch_size, 2 + steps // batches_per_epoch(trial.data))
-    image = torch.zeros(1, 3, 32, 32)
-    trained, asked = (count_macs(network.eval(), image) for network in (student, teacher))
-    macs = {True: 3 * trained, False: 3 * trained + asked}  # a backward pass costs two forward passes
-    operations = {stored: 2.0 * batch_size * count for stored, count in macs.items()}
+    operations = step_operations(student, teacher, batch_size)
     return lambda: time_plain_loop(student.train(), teacher.eval(), loader, steps), operations
 
 
@@ -155,51 +148,19 @@ def loop(place: Place) -> Iterator[Row]:
 
 def _lightning_side(trial: Trial, steps: int) -> Callable[[], float]:
     """Make the function that times `steps` steps of a fit, after one epoch to warm up."""
-    cfg, distiller, data = trial
-    warm_up = batches_per_epoch(data)
-    cfg.logger = OmegaConf.load(CONF / "logger" / "csv.yaml")
+    data, warm_up = trial.data, batches_per_epoch(trial.data)
     # All answers are stored, as in the bare loop, because the epoch repeats the first one's images and views.
     augment = data.augment
     data.augment = lambda batch, epoch: augment(batch, 0)  # type: ignore[method-assign]
     data.train_index = data.train_index.repeat(2 + steps // warm_up)
 
-    def fit() -> float:
-        clock = Clock(warm_up)
-        with tempfile.TemporaryDirectory() as folder, _hidden_output():
-            trainer = make_trainer(
-                cfg,
-                max_epochs=1,
-                limit_train_batches=warm_up + 1 + steps,
-                limit_val_batches=0,
-                enable_progress_bar=True,
-                logger=make_logger(cfg, Path(folder)),
-                callbacks=[clock, History(Path(folder)), Checkpoints(Path(folder), cfg.checkpoint_minutes)],
-            )
-            trainer.fit(distiller, datamodule=data)
-        return clock.seconds
+    def time_fit() -> float:
+        clock = Clock(warm_up, warm_up + steps)
+        fit_timed(trial, clock, max_epochs=1, limit_train_batches=warm_up + 1 + steps, limit_val_batches=0)
+        begin, end = clock.times
+        return (end - begin) / steps
 
-    return fit
-
-
-class Clock(L.Callback):
-    """Measure the seconds per step of a fit, from the end of batch `first` to the end of the last batch."""
-
-    def __init__(self, first: int) -> None:
-        self.first, self.begin, self.seconds = first, 0.0, 0.0
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Start or read the clock."""
-        if batch_idx == self.first:
-            self.begin = time.perf_counter()
-        elif batch_idx > self.first:
-            self.seconds = (time.perf_counter() - self.begin) / (batch_idx - self.first)
-
-
-@contextlib.contextmanager
-def _hidden_output() -> Iterator[None]:
-    """Hide the output, such as a progress bar. The bar is still drawn, because drawing it is part of the cost."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    return time_fit
 
 
 def scale(place: Place) -> Iterator[Row]:

@@ -1,19 +1,27 @@
-"""A distillation with networks of fresh weights, as `python -m src.train` would train it, and a timer of its steps."""
+"""A distillation with networks of fresh weights, as `python -m src.train` would train it, and timers of its steps."""
 
+import contextlib
+import io
 import itertools
 import logging
 import os
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
+from torch import nn
 
 from benchmarks.images import CLASSES
 from benchmarks.timing import Place, seconds_per_call
+from src.analysis.predictions import count_macs
 from src.config.names import class_name, needs_teacher
 from src.data.array_data import ArrayData
 from src.data.image_data import ImageData, Samples
@@ -25,6 +33,7 @@ from src.setup.assemble import make_data, make_distiller, make_method, make_part
 from src.setup.teacher import make_untrained_teacher
 from src.teachers.view_store import ViewStore
 from src.training.distiller import Distiller
+from src.training.fitting import fit
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -35,18 +44,18 @@ BATCH_SIZE = 64
 
 
 class Trial(NamedTuple):
-    """A module that is ready to train on a CPU, its data, and the configuration that they come from."""
+    """A module that is ready to train, its data, and the configuration that they come from."""
 
     cfg: DictConfig
     distiller: Distiller
     data: ArrayData
 
 
-def compose_training(method: str, model: str, images: Path, batch_size: int) -> DictConfig:
+def compose_training(method: str, model: str, images: Path, batch_size: int, *overrides: str) -> DictConfig:
     """Compose the configuration that trains a pair of `conf/model` with a method, on an array file."""
-    overrides = [f"method={method}", f"model={model}", "data=arrays", f"data.path={images}"]
+    chosen = (f"method={method}", f"model={model}", "data=arrays", f"data.path={images}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*overrides, f"schedule.batch_size={batch_size}"])
+        return compose("train", [*chosen, f"schedule.batch_size={batch_size}", *overrides])
 
 
 def make_trial(
@@ -73,16 +82,23 @@ def make_trial(
     cfg.teacher.precision, cfg.teacher.fold = precision, True
     cfg = prepare(cfg)
     cfg.compile = compiled  # only now, because validation refuses it beside winograd
-    made = make_method(cfg)
-    data = make_data(cfg, made.views_per_image)
-    assert isinstance(data, ArrayData)
-    distiller = make_untrained_distiller(cfg, data, made)
+    _, distiller, data = trial = assemble(cfg)
     if stored and distiller.teacher is not None:
         file = place.folder / f"{model}-{batch_size}-{place.images.stem}-{precision}.views"
         distiller.teacher.view_store = ViewStore(
             file, len(data.source.train_labels), data.view_count(1), data.num_classes
         )
-    return Trial(cfg, distiller, data)
+    return trial
+
+
+def assemble(cfg: DictConfig, data: ArrayData | None = None) -> Trial:
+    """Make the module of a configuration, and its data if none are given."""
+    method = make_method(cfg)
+    if data is None:
+        made = make_data(cfg, method.views_per_image)
+        assert isinstance(made, ArrayData)
+        data = made
+    return Trial(cfg, make_untrained_distiller(cfg, data, method), data)
 
 
 def make_untrained_distiller(cfg: DictConfig, data: ImageData, method: Method) -> Distiller:
@@ -161,3 +177,50 @@ def make_step_timer(place: Place, trial: Trial, *, mixed: bool = False) -> Calla
     for _ in range(place.options.batches):
         step()
     return lambda: seconds_per_call(step, place.options.steps)
+
+
+def step_operations(student: nn.Module, teacher: nn.Module, batch_size: int) -> dict[bool, float]:
+    """Count the operations of a step's matrix products, with (True) and without (False) stored answers."""
+    image = torch.zeros(1, 3, 32, 32)
+    trained, asked = (count_macs(network.eval(), image) for network in (student, teacher))
+    macs = {True: 3 * trained, False: 3 * trained + asked}  # a backward pass costs two forward passes
+    return {stored: 2.0 * batch_size * count for stored, count in macs.items()}
+
+
+class Clock(L.Callback):
+    """Note the time at the end of the given batches of each epoch. `wait` waits for the device."""
+
+    def __init__(self, *batches: int, wait: Callable[[], Any] = lambda: None) -> None:
+        self.batches, self.wait = batches, wait
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the time if this is one of the batches."""
+        if batch_idx in self.batches:
+            self.wait()
+            self.times.append(time.perf_counter())
+
+
+def csv_logger(folder: Path) -> CSVLogger:
+    """Make the logger of `logger=csv`, on a machine without W&B too."""
+    return CSVLogger(folder, name="steps")
+
+
+def fit_timed(trial: Trial, callback: L.Callback, root: Path | None = None, **limits: int | None) -> None:
+    """Train as the command does, with progress bar, CSV logger and checkpoints, in an empty folder inside `root`.
+
+    `limits` are options of the trainer.
+    """
+    cfg, distiller, data = trial
+    cfg.trainer.update(limits)
+    cfg.trainer.enable_progress_bar, cfg.logger = True, {"_target_": "benchmarks.trial.csv_logger"}
+    distiller.configure_callbacks = lambda: [callback]  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory(dir=root) as folder, hidden_output():
+        fit(cfg, distiller, data, Path(folder))
+
+
+@contextlib.contextmanager
+def hidden_output() -> Iterator[None]:
+    """Hide the output, such as a progress bar. The bar is still drawn, because drawing it is part of the cost."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

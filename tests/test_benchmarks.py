@@ -1,21 +1,26 @@
 """The benchmarks run as documented, and their sides compute the same. How fast they are is not asserted."""
 
+import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, open_dict
 
-from benchmarks import methods, speed
+from benchmarks import gpu, methods, speed
 from benchmarks.customary import masked_dkd
+from benchmarks.gpu_bench import Bench, Failure, Finding, Sizes
 from benchmarks.images import write_images
 from benchmarks.part_rows import method_loss
 from benchmarks.process_memory import peak_growth
-from benchmarks.timing import measure_in_turn
+from benchmarks.timing import Row, measure_in_turn
 from benchmarks.trial import compose_training
 from src.data.array_file import load_arrays, save_arrays
 from src.methods.dkd import DKD
@@ -110,6 +115,79 @@ def test_the_table_gives_the_reason_of_a_method_that_refuses_the_pair(monkeypatc
     assert [cell.strip() for cell in head.split("|")][5] == "step / KD's"
     assert [cell.strip() for cell in row.split("|")][4] == "refused"
     assert "method=fsp" in row.split("|")[5]
+
+
+@pytest.fixture
+def not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the levels of loggers as they are, because later tests read messages."""
+    monkeypatch.setattr(gpu, "silence", lambda: None)
+
+
+@pytest.mark.usefixtures("not_silent")
+def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.json"
+    rows = [name for name in gpu.ROWS if name != "compiled"]  # compiling takes a minute
+    gpu.main([*rows, "--tiny", "--device", "cpu", "--out", str(out)])
+    report = json.loads(out.read_text())
+    measured = [row for row in report["rows"] if "ratios" in row]
+    assert [row["name"] for row in report["rows"] if row not in measured] == ["waits"]
+    assert {row["name"] for row in measured} == set(rows) - {"waits"}
+    assert all(row["median"] > 0 and np.isfinite(row["ratios"]).all() for row in measured)
+    assert any(row["what"].endswith("(fastest)") and row["target"] == "speed >= 4" for row in measured)
+    assert all(rate > 0 for rate in report["peaks"].values())
+    assert report["card"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert all(f"| {row['what']} | {row['against']} |" in printed for row in measured)
+    assert "| waits |  |  | skipped: torch counts the host's waits on a GPU only |" in printed
+
+
+@pytest.mark.usefixtures("not_silent")
+def test_a_row_of_the_gpu_benchmark_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def good(bench: Bench) -> Iterator[Finding]:
+        yield Finding(Row("a run", "another", "64", [2.0, 4.0, 3.0], "speed >= 4"), {"detail": 1})
+
+    def bad(bench: Bench) -> Iterator[Finding]:
+        yield from good(bench)
+        raise ValueError("no such card")
+
+    def of_pair(model: str, deadline: float) -> Iterator[Finding | Failure]:
+        return bad(cast(Bench, None)) if model == "one" else good(cast(Bench, None))
+
+    def partly(bench: Bench) -> Iterator[Finding | Failure]:
+        return bench.each(("one", "other"), of_pair)
+
+    monkeypatch.setattr(gpu, "ROWS", {"bad": (bad, 1, 0), "partly": (partly, 1, 0), "good": (good, 1, 0)})
+    gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["bad", "bad", "partly", "partly", "partly", "good"]
+    failed = [row for row in rows if "error" in row]
+    assert failed == [rows[1], rows[3]]
+    assert [row["what"] for row in failed] == ["", "one"]
+    assert all(row["error"].splitlines()[-1] == "ValueError: no such card" for row in failed)
+    for row in (rows[0], rows[2], rows[4], rows[5]):
+        assert (row["median"], row["met"], row["detail"]) == (3.0, False, 1)
+    printed = capsys.readouterr().out
+    assert "| partly |  | one | failed: ValueError: no such card |  |  |" in printed
+
+
+def test_the_gpu_benchmark_keeps_to_its_time(tmp_path: Path) -> None:
+    """A row whose time is over measures one round. A row that cannot be finished in time is left out."""
+    bench = SimpleNamespace(sizes=Sizes(rounds=5, window=1.0, unit=10), device=torch.device("cpu"))
+    bench.steps_of_window = lambda seconds: Bench.steps_of_window(cast(Bench, bench), seconds)
+    calls: list[int] = []
+
+    def side(steps: int) -> float:
+        calls.append(steps)
+        return 0.02
+
+    found = Bench.measure(cast(Bench, bench), {"a": side}, deadline=0.0)
+    assert (calls, found) == ([20, 50], {"a": [0.02]})
+    report = gpu.Report(tmp_path / "speed.json", bench.device, {}, "command")
+    gpu.measure(cast(Bench, bench), report, ["compiled"], end=time.perf_counter() + 30)
+    (row,) = report.content["rows"]
+    assert row["skipped"].endswith(" seconds are left, it needs 40")
 
 
 @pytest.mark.slow
