@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -25,6 +26,8 @@ import src.config  # noqa: F401  # registers the schemas and resolvers of conf/
 from src.common.errors import UserError
 from src.common.gpus import pin_gpu
 from src.common.secrecy import RedactingRecord, RedactingStream, without_secrets
+from src.config.known_options import check_options
+from src.config.overrides import explain, forced, readable
 from src.runs.lock import BusyError
 from src.runs.signals import stop_on_signal
 from src.runs.sweep import JobError, failures_reported, is_pinned
@@ -61,6 +64,7 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         overrides = list(HydraConfig.get().overrides.task)
         try:
             _check_choices(overrides)
+            check_options(cfg, {override.lstrip("+~").partition("=")[0] for override in overrides})
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 return task(cfg)
             if is_pinned(HydraConfig.get()):
@@ -114,16 +118,26 @@ def run_command(main: Callable[[], Any]) -> None:
     """Run a command. A mistake of the user ends the command with one sentence and exit code 1, without a traceback."""
     set_up_process()
     try:
-        for override in sys.argv[1:]:
-            if re.match(r"[+~]*(@[^=]*)?=", override):  # Hydra would end with a traceback
-                raise UserError(f"{override} does not name an option: write option=value. --help lists the options.")
+        sys.argv[1:] = readable(sys.argv[1:])
         with stop_on_signal(), failures_reported():
-            main()
+            _call(main)
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
+
+
+def _call(main: Callable[[], Any]) -> None:
+    """Call Hydra's main function, again if it does not know an option: `check_options` knows more of them."""
+    try:
+        main()
+    except ConfigCompositionException as error:
+        arguments = forced(sys.argv[1:], error)
+        if arguments is None:
+            raise
+        sys.argv[1:] = arguments
+        _call(main)
 
 
 def _sentence(error: Exception) -> str | None:
@@ -141,7 +155,7 @@ def _describe(error: BaseException) -> str | None:
         extra = MISSING_EXTRAS[error.missing_cfg_file]
         return f"{error.missing_cfg_file} needs the extra {extra}, which is not installed: pip install -e '.[{extra}]'."
     if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
-        return _shorten(error)
+        return explain(error) or _shorten(error)
     kept = "All checkpoints are kept, and the same command resumes a run."
     if isinstance(error, BrokenProcessPool):
         return (
@@ -186,6 +200,7 @@ def set_up_process() -> None:
         "does not have many workers",
         "Grad strides do not match bucket view strides",  # of 1x1 convolutions, whose strides have two valid forms
         "treespec, LeafSpec",
+        "Corrupt EXIF data|corrupt EXIF data|Truncated File Read|Tag data larger than file",  # of a photo
         "recommended to use .*sync_dist=True",  # TermLog and torchmetrics have reduced the values over the devices
         "resuming from a checkpoint that ended before the epoch ended",  # `EpochBatches` resumes in mid-epoch
         "A worker stopped while some jobs were given to the executor",  # joblib starts another one
@@ -198,6 +213,15 @@ def _shorten(error: Exception) -> str:
     """Return a message of Hydra in one line, without its stack of contexts and its search path."""
     cause = error.__cause__ if error.__cause__ is not None else error
     lines = [line.strip() for text in dict.fromkeys([str(error), str(cause)]) for line in text.splitlines()]
-    left_out = ("full_key", "object_type", "reference_type", "Set the", "Config search path", "provider=", "See http")
+    left_out = (
+        "full_key",
+        "object_type",
+        "reference_type",
+        "Set the",
+        "Config search path",
+        "provider=",
+        "See http",
+        "To append",
+    )
     kept = [line.rstrip(".") for line in dict.fromkeys(lines) if line and not line.startswith(left_out)]
     return "; ".join([*kept, "--help lists the options."]).replace(":;", ":")

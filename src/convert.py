@@ -1,13 +1,13 @@
 """`python -m src.convert`: copy photos from folders into shards that can be streamed. `--help` is the guide."""
 
 import logging
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
 from src.command import job, run_command
 from src.common.errors import UserError
+from src.common.files import output_folder
 from src.data.folder_data import FolderData
 from src.data.sharding import write_shards
 
@@ -21,8 +21,10 @@ def main(cfg: DictConfig) -> None:
     data = hydra.utils.instantiate(cfg.data, batch_size=1, seed=0)
     if type(data) is not FolderData:
         raise UserError(f"data={cfg.data.name} is not a folder of photos: choose data=imagefolder or data=imagenet.")
-    out = Path(cfg.out).expanduser()
+    out = output_folder(cfg.out)
     data.load()
+    for note in data.source.notes:
+        log.info("%s", note)
     write_shards(data, out)
     log.info("Shards written to %s. To train on them: python -m src.train data=stream data.root=%s ...", out, out)
 

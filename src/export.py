@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from src.command import job, run_command
-from src.common.files import write_text
+from src.common.files import output_folder, write_text
 from src.config.validation import validate
 from src.exporting.card import describe, model_card
 from src.exporting.checking import (
@@ -23,6 +23,16 @@ from src.setup.reopen import open_run_or_checkpoint
 log = logging.getLogger(__name__)
 
 
+def output_file(cfg: DictConfig, form: Form) -> Path:
+    """Return the path of the exported file: the option `out` names the file itself, or its folder."""
+    if cfg.out is None:
+        return Path(cfg.run or Path(cfg.checkpoint).parent).expanduser() / "export" / form.file_name
+    file = Path(cfg.out).expanduser()
+    if file.suffix == Path(form.file_name).suffix and not file.is_dir():
+        return file
+    return output_folder(cfg.out) / form.file_name
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="export")
 @job
 def main(cfg: DictConfig) -> None:
@@ -30,8 +40,7 @@ def main(cfg: DictConfig) -> None:
     form = Form.parse(cfg.format, cfg.precision)
     validate(cfg)
     opened = open_run_or_checkpoint(cfg)
-    out = Path(cfg.out or Path(cfg.run or Path(cfg.checkpoint).parent) / "export").expanduser()
-    file = out / form.file_name
+    file = output_file(cfg, form)
     network, metadata = make_classifier(opened.distiller), describe(cfg, opened)
     images, target = sample_test_images(opened.data, cfg.images)
     student_logits = predict_in_batches(network, images)

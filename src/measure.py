@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -13,7 +12,8 @@ from rich.table import Table
 
 from src.analysis import figures
 from src.command import job, run_command
-from src.common.files import write_text
+from src.common.files import output_folder, write_text
+from src.common.markup import plain
 from src.config.validation import validate
 from src.exporting.forms import BATCH
 from src.exporting.measuring import Row, measure
@@ -53,7 +53,7 @@ def cells(row: Row, baseline: Row) -> list[str]:
 
 def markdown(rows: Sequence[Row], note: str) -> str:
     """Write the whole table and its note."""
-    lines = [cells(row, rows[0]) for row in rows]
+    lines = [[plain(cell) for cell in cells(row, rows[0])] for row in rows]
     head = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines), "", note]) + "\n"
 
@@ -75,9 +75,9 @@ def show(rows: Sequence[Row], note: str) -> None:
 def main(cfg: DictConfig) -> None:
     """Print the table, and write the table and the figure."""
     validate(cfg)
+    out = output_folder(cfg.out)
     rows, note = measure(cfg)
     show(rows, note)
-    out = Path(cfg.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "table.md", markdown(rows, note))
     write_text(out / "measured.json", json.dumps({"rows": [row._asdict() for row in rows], "note": note}, indent=2))

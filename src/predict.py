@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,32 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+# Formats, tags and `turn` .. `value_range` are copies from `src/data/photos.py`: both must read a picture alike.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "TIFF": (".tif", ".tiff"),
+}
+"""The formats that are read, by their name in Pillow, and the suffixes of their files."""
+ORIENTATION, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 274, 258, 262, 339
+"""Numbers of EXIF and TIFF tags."""
+UNSIGNED, WHITE_IS_ZERO = 1, 0
+"""Values of the tags SAMPLE_FORMAT and PHOTOMETRIC."""
+STATED_RANGES = ((340, 341), (280, 281))
+"""Numbers of the TIFF tags for the smallest and the largest value."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation, the operation that turns a picture upright."""
 LARGEST_SIDE = 4096
 """Pixels. A file whose metadata asks for larger images is refused."""
 LARGEST_RATIO = 50
@@ -35,6 +61,11 @@ class ExportedStudent(NamedTuple):
     """Height and width of the network's input."""
     resize: tuple[int, int]
     """Height and width that a resized picture covers before its centre is cut out."""
+
+    def label(self, number: int) -> str:
+        """Return the name of a class, with its number if another class has the same name."""
+        name = self.class_names[number]
+        return name if self.class_names.count(name) == 1 else f"{name} ({number})"
 
     def probabilities(self, image: Image.Image) -> np.ndarray:
         """Compute the class probabilities [C] float64 of one RGB picture of any size.
@@ -116,11 +147,15 @@ def printable(text: str) -> str:
 
 
 def read_picture(file: Path) -> Image.Image:
-    """Read a picture as RGB. Raises `RefusedError` if it cannot be read."""
+    """Read a picture as RGB, upright. Raises `RefusedError` if it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = to_rgb(Image.open(file, formats=FORMATS))
+            warnings.simplefilter("ignore", UserWarning)  # about broken EXIF data
+            opened = Image.open(file, formats=tuple(FORMATS))
+            turned = turn(opened)
+            opened.load()
+            image = to_rgb(opened) if turned is None else to_rgb(opened).transpose(turned)
         if max(image.size) > LARGEST_RATIO * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too narrow")
         return image
@@ -132,19 +167,62 @@ def read_picture(file: Path) -> Image.Image:
         ) from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to RGB as training does.
+def turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how an opened, undecoded picture has to be turned to stand upright, by its EXIF orientation.
 
-    16 bits become 8. Transparency and the EXIF orientation are ignored.
-
-    >>> to_rgb(Image.new("I;16", (1, 1), 40_000)).getpixel((0, 0))
-    (156, 156, 156)
+    Pillow turns TIFF files itself. A broken tag is ignored.
     """
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
+    if image.format == "TIFF":
+        return None
+    try:
+        return TURNS.get(Image.Image.getexif(image).get(ORIENTATION, 1))  # PngImageFile.getexif would decode the pixels
+    except Exception:  # a broken tag makes the parser raise almost any exception
+        return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded picture to RGB. Transparency is ignored.
+
+    A channel of more than 8 bits is scaled by the range of its values. Raises `ValueError` if the range is unknown.
+
+    >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0)), to_rgb(Image.new("F", (1, 1), 0.5)).getpixel((0, 0))
+    ((255, 255, 255), (128, 128, 128))
+    """
+    if image.mode.startswith(("I", "F")):
+        image = scale_to_8_bits(image)
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns otherwise
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale the values of a picture with one channel of 16 or 32 bits to 0 .. 255."""
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    if image.mode == "I" and np.max(tags.get(BITS, 16)) == 32 and np.max(tags.get(SAMPLE_FORMAT, 1)) == UNSIGNED:
+        values = values.view(np.uint32)
+    values = values.astype(np.float64)
+    low, high = value_range(image.mode, values, tags)
+    scaled = np.rint(((values - low) * (255 / (high - low))).clip(0, 255)).astype(np.uint8)
+    return Image.fromarray(255 - scaled if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else scaled)
+
+
+def value_range(mode: str, values: np.ndarray, tags: Mapping[int, Any]) -> tuple[float, float]:
+    """Return the values that mean the darkest and the lightest grey.
+
+    Unsigned integers of up to 16 bits use all of their bits. A file of other integers or of floats has to state its
+    range in its TIFF `tags`. Otherwise floats have to be from 0 to 1. Raises `ValueError` if the range is unknown.
+    """
+    bits, sample_format = (int(np.max(tags.get(*tag))) for tag in ((BITS, 16), (SAMPLE_FORMAT, UNSIGNED)))
+    if mode != "F" and bits <= 16 and sample_format == UNSIGNED:
+        return 0, 2**bits - 1
+    for lowest, highest in STATED_RANGES:
+        low, high = float(np.max(tags.get(lowest, 0))), float(np.max(tags.get(highest, 0)))
+        if high > low and np.isfinite(values).all():
+            return low, high
+    if mode == "F" and ((values >= 0) & (values <= 1)).all():
+        return 0, 1
+    raise ValueError("the range of its values is unknown: convert it to 8 bits per channel")
 
 
 def central_crop(image: Image.Image, resize: tuple[int, int], size: tuple[int, int]) -> Image.Image:
@@ -185,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             print(printable(str(file)))
             for k in np.argsort(-probabilities, kind="stable")[: given.top]:
-                print(f"  {100 * probabilities[k]:6.2f} %  {student.class_names[k]}")
+                print(f"  {100 * probabilities[k]:6.2f} %  {student.label(k)}")
     except RefusedError as error:
         _print_error(error)
         return 1

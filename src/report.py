@@ -26,7 +26,7 @@ from src.analysis.report_tables import (
 from src.analysis.results import Finished, by_protocol, find_runs, group
 from src.command import job, run_command
 from src.common.errors import UserError
-from src.common.files import write_text
+from src.common.files import output_folder, write_text
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def show(title: str, table: Table) -> None:
 @job
 def main(cfg: DictConfig) -> None:
     """Print the results, and write the report as HTML, Markdown and LaTeX, with its pictures."""
-    root, out = Path(cfg.runs).expanduser(), Path(cfg.out).expanduser()
+    root, out = Path(cfg.runs).expanduser(), output_folder(cfg.out)
     runs, others = find_runs(root)
     for other in others:
         log.warning("Left out: %s is %s: %s", other.folder, other.state, other.detail)

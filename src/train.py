@@ -18,13 +18,18 @@ from src.common.errors import UserError
 from src.common.secrecy import plain_config
 from src.config.names import method_name, needs_teacher
 from src.config.schema import TrainOptions, marked
+from src.config.validation import check_training
 from src.data.image_data import ImageData
+from src.data.limits import check_limits, final_batches, validated_batches
 from src.methods.method import Method
 from src.models.checkpoints import save_weights
 from src.models.winograd import check_winograd
 from src.runs.fingerprints import fingerprints, versions
 from src.runs.folder import RunFolder
+from src.runs.history import read_history
+from src.runs.loggers import ForgivingLogger
 from src.runs.result import Result, RunRecord, TeacherFacts
+from src.runs.time_budget import OutOfTime, TimeBudget, describe_pause, time_budget
 from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
 from src.setup.dry_run import dry_run
 from src.setup.teacher import MeasuredTeacher, find_teacher, measure_teacher, teacher_places
@@ -36,23 +41,29 @@ from src.training.summary import summarise
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, wait: bool = False) -> Result:
+def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None) -> Result:
     """Train the run that a configuration describes, or resume it, and return its result.
 
     A finished run is not trained again. Raises `BusyError` if another command trains it at the moment. With `wait`,
-    wait for that command's result instead.
+    wait for that command's result instead. Raises `OutOfTime` if the time budget ends before the run is finished. By
+    default, the budget of `trainer.max_time` begins now.
     """
     cfg = prepare(cfg)
+    check_training(cfg)
+    budget = budget or time_budget(cfg)
     method = make_method(cfg)
     data = make_data(cfg, method.views_per_image)
+    check_limits(cfg, data)
+    check_search(cfg, data)
     parts = make_parts(cfg, data, method, for_training=True)
     # Reports a missing device early. It also measures the teacher, and knows whether this process is rank zero.
     probe = make_trainer(cfg, logger=False, enable_checkpointing=False)
     if cfg.winograd or (needs_teacher(cfg) and cfg.teacher.winograd):
         check_winograd(probe.strategy.root_device)
+    report_data(data, probe)
     dry_run(cfg, data, parts)
 
-    measured = find_or_train_teacher(cfg, data, parts.method, probe) if needs_teacher(cfg) else None
+    measured = find_or_train_teacher(cfg, data, parts.method, probe, budget) if needs_teacher(cfg) else None
     teacher, facts, predictions = measured or (None, None, {})
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
     distiller.save_hyperparameters(plain_config(cfg))
@@ -62,18 +73,35 @@ def train(cfg: DictConfig, wait: bool = False) -> Result:
     with folder.locked(wait):
         finished = folder.begin(record)
         if finished is not None:
-            log.info("%s is finished already: test accuracy %.2f %%.", folder.path, 100 * finished.test.accuracy)
+            accuracy = 100 * finished.test.accuracy
+            log.info("%s is finished already: test accuracy %.2f %% after %s.", folder.path, accuracy, finished.end)
             return finished
-        try:
-            log.info("Training %s by %s in %s", cfg.model.student.name, method_name(cfg), folder.path)
-            report_duplicates(data)
-            trainer = fit(cfg, distiller, data, folder.path)
-            result = summarise(cfg, distiller, data, folder, trainer, facts)
-            save(cfg, distiller, data, folder, trainer, result)
-        except Exception as error:
-            folder.fail(error)
-            raise
-    log.info("%s: test accuracy %.2f %% after the last epoch.", folder.path, 100 * result.test.accuracy)
+        result = train_in_folder(cfg, distiller, data, folder, facts, budget)
+    log.info("%s: test accuracy %.2f %% after %s.", folder.path, 100 * result.test.accuracy, result.end)
+    return result
+
+
+def train_in_folder(
+    cfg: DictConfig,
+    distiller: Distiller,
+    data: ImageData,
+    folder: RunFolder,
+    teacher: TeacherFacts | None,
+    budget: TimeBudget,
+) -> Result:
+    """Train, or resume, and write the student and the result. An error is noted in the folder too."""
+    log.info("Training %s by %s in %s", cfg.model.student.name, method_name(cfg), folder.path)
+    report_duplicates(data)
+    try:
+        trainer = fit(cfg, distiller, data, folder.path, budget)
+        result = summarise(cfg, distiller, data, folder, trainer, teacher)
+        save(cfg, distiller, data, folder, trainer, result)
+    except OutOfTime:
+        done = len(read_history(folder.path))
+        raise OutOfTime(describe_pause(folder.path, done, cfg.trainer.max_epochs)) from None
+    except Exception as error:
+        folder.fail(error)
+        raise
     return result
 
 
@@ -89,26 +117,39 @@ def make_record(cfg: DictConfig, data: ImageData, teacher: Teacher | None, facts
     )
 
 
-def find_or_train_teacher(cfg: DictConfig, data: ImageData, method: Method, trainer: Trainer) -> MeasuredTeacher:
+def find_or_train_teacher(
+    cfg: DictConfig, data: ImageData, method: Method, trainer: Trainer, budget: TimeBudget
+) -> MeasuredTeacher:
     """Find the teacher, train it if it is missing, and measure it."""
     path = find_teacher(cfg)
     is_missing = path is None and cfg.teacher.source is None
-    return measure_teacher(
-        cfg, data, method, train_teacher(cfg) if is_missing else path, trainer, trained_here=is_missing
-    )
+    file = train_teacher(cfg, data, budget) if is_missing else path
+    return measure_teacher(cfg, data, method, file, trainer, trained_here=is_missing)
 
 
-def train_teacher(cfg: DictConfig) -> Path:
-    """Train the missing teacher by the student's recipe, unless it is trained already, and return its checkpoint."""
+def train_teacher(cfg: DictConfig, data: ImageData, budget: TimeBudget) -> Path:
+    """Train the missing teacher by the student's recipe, unless it is trained already, and return its checkpoint.
+
+    Raises `UserError` if the teacher of the same name was trained on other data, unless `start_over` is set.
+    """
     alone = teacher_config(cfg)
     folder = RunFolder(alone)
-    if not folder.result_file.is_file():  # a finished teacher is used again, even if the code has changed since
+    finished = folder.result_file.is_file()  # a finished teacher is used again, even if the code has changed since
+    if finished and folder.data_digest() not in (None, data.source.digest):
+        if not cfg.start_over:
+            raise UserError(
+                f"The teacher in {folder.path} was trained on other data that is called {cfg.data.name} too: rename "
+                "this data with data.name=NAME, use another folder with runs=..., or add start_over=true to train the "
+                "teacher again."
+            )
+        finished = False
+    if not finished:
         log.info(
             "There is no teacher %s for %s: training it first by the same recipe, %d epochs. To avoid this, give "
             "teacher.path=FILE, or put a checkpoint at %s.",
             *(cfg.model.teacher.name, cfg.data.name, cfg.trainer.max_epochs, teacher_places(cfg)[0]),
         )
-        train(alone, wait=True)
+        train(alone, wait=True, budget=budget)
     return folder.student_file
 
 
@@ -132,6 +173,13 @@ def teacher_config(cfg: DictConfig) -> DictConfig:
     return alone
 
 
+def report_data(data: ImageData, trainer: Trainer) -> None:
+    """Log what is used for what. Raises `UserError` if the images are too few for the trainer's devices."""
+    for note in data.notes(trainer.world_size):
+        if trainer.is_global_zero:
+            log.info("%s", note)
+
+
 def report_duplicates(data: ImageData) -> None:
     """Log how many images of each evaluation split are training images too."""
     for split, images in (data.train_duplicates or {}).items():
@@ -151,35 +199,43 @@ def save(
             class_names=list(data.class_names),
             mean=list(distiller.settings.mean),
             std=list(distiller.settings.std),
+            data=data.source.digest,
         )
         folder.finish(result)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, ForgivingLogger) and isinstance(logger.inner, WandbLogger):
                 from src.analysis.wandb_results import publish  # here, because importing W&B takes 0.6 s
 
                 distiller.to(trainer.strategy.root_device)
-                publish(logger.experiment, distiller, data, result, folder.student_file, cfg.trainer.limit_val_batches)
+                publish(logger.experiment, distiller, data, result, folder.student_file, final_batches(cfg, data))
     trainer.strategy.barrier()
 
 
-def check_search(cfg: DictConfig) -> None:
+def check_search(cfg: DictConfig, data: ImageData) -> None:
     """Raise `UserError` if a search, by a sweeper of Hydra or by W&B, would choose settings by their test accuracy."""
-    job_cfg = HydraConfig.get()
-    searches = job_cfg.mode is RunMode.MULTIRUN and not job_cfg.sweeper._target_.endswith(".BasicSweeper")
-    if (searches or os.environ.get("WANDB_SWEEP_ID")) and not cfg.data.val_size:
+    job_cfg = HydraConfig.get() if HydraConfig.initialized() else None
+    searches = job_cfg and job_cfg.mode is RunMode.MULTIRUN and not job_cfg.sweeper._target_.endswith(".BasicSweeper")
+    if not searches and not os.environ.get("WANDB_SWEEP_ID"):
+        return
+    if data.validates_on == "test":
         raise UserError(
             "A search with data.val_size=0 would choose by test images: hold out training images with data.val_size=N."
         )
+    if not validated_batches(cfg, data):
+        raise UserError("A search needs validation images: leave trainer.limit_val_batches=0 out.")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 @job
 def main(cfg: DictConfig) -> float | None:
-    """Train one run. Return its validation accuracy to a sweeper, or None if no images are held out."""
-    check_search(cfg)
+    """Train one run. Return its validation accuracy to a sweeper, or None without validation images."""
     if "fork" in str(cfg.trainer.strategy):
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: the child would wait for them forever
-    result = train(cfg)
+    try:
+        result = train(cfg)
+    except OutOfTime as pause:
+        log.info("%s", pause)
+        return None
     return result.val.accuracy if result.val else None
 
 

@@ -1,4 +1,6 @@
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from tests.helpers.gpu import REHEARSAL
 from tests.helpers.place import RUNS, Place
 
 torch.set_num_threads(1)  # tests run side by side
+CACHE = tempfile.TemporaryDirectory(prefix="aekt-tests-")
+os.environ["AEKT_CACHE"] = CACHE.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -271,6 +271,20 @@ def test_an_override_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch, 
     assert ended(monkeypatch, None, "seed=0", override) == sentence
 
 
+def test_a_sweep_over_an_unknown_option_trains_nothing(place: Place) -> None:
+    ran = place.train("-m", "epochs=5,6")
+    assert ran.code == 1
+    assert ran.err.count("error: epochs is not an option: did you mean schedule.epochs?") == 2
+    assert not place.folders()
+
+
+def test_flags_may_follow_options(place: Place) -> None:
+    ran = run("train", *SMALL, "seed=3", "--cfg", "job")
+    assert ran.code == 0
+    assert "seed: 3" in ran.out
+    assert_refused(run("train", *SMALL, "--epochs=5"), "--epochs=5 is not a flag of this command")
+
+
 def test_hydras_message_is_one_line_without_its_search_path(place: Place) -> None:
     ran = place.train("method=nonsense")
     assert_refused(ran, "Could not find 'method/nonsense'", "Available options in 'method': ab; aekt", "--help lists")

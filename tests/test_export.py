@@ -58,6 +58,15 @@ def test_a_run_becomes_an_onnx_file_and_a_card(finished_run: Path, array_file: P
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_out_may_name_the_file_itself(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
+    ran = export_run(finished_run, tmp_path / "bird.onnx", array_file)
+    assert (ran.code, ran.err) == (0, "")
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} >= {"bird.onnx", "bird.onnx.md"}
+    assert (tmp_path / "bird.onnx").is_file()
+    refused = export_run(finished_run, tmp_path / "bird.pt2", array_file)
+    assert_refused(refused, "bird.pt2 has the name of a file: give a folder")
+
+
 def test_weights_alone_are_the_students(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

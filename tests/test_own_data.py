@@ -1,6 +1,8 @@
 """Training on your own images, end to end: an array file, a folder of photos, and shards."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from src.models.checkpoints import save_weights
 from src.models.resnet import resnet8
 from src.models.sources import architecture
 from tests.helpers.arrays import colour_arrays
-from tests.helpers.commands import Ran, run
+from tests.helpers.commands import Ran, assert_refused, run
 
 CLASSES = (WNIDS[0], WNIDS[217])
 
@@ -144,3 +146,90 @@ def test_training_on_shards_equals_training_on_the_folder(tmp_path: Path, photos
     folder, stream = (result_of(only_run(tmp_path / kind, "vanilla")) for kind in ("imagefolder", "stream"))
     assert stream["class_names"] == folder["class_names"] == list(CLASSES)
     assert stream["test"]["nll"] == pytest.approx(folder["test"]["nll"], abs=1e-4)
+
+
+def only_epoch(folder: Path) -> dict[str, str]:
+    """Read the only row of a run's metrics.csv."""
+    (row,) = csv.DictReader((folder / "metrics.csv").open(newline=""))
+    return row
+
+
+def test_val_is_scored_in_each_epoch_and_test_once_at_the_end(tmp_path: Path, photos: Path) -> None:
+    shutil.copytree(photos / "val", photos / "test")
+    for name in CLASSES:
+        (photos / "val" / name / "3.png").unlink()
+    sizes = ("data.image_size=32", "data.resize=36", "data.workers=0")
+    pair = ("model=resnet20_to_resnet8", "method=kd", "schedule.batch_size=20")
+    ran = run("convert", f"data.root={photos}", f"out={tmp_path / 'shards'}")
+    assert (ran.code, ran.err) == (0, "")
+    results = []
+    for kind, data in (("folder", "imagefolder"), ("stream", "stream")):
+        root = photos if kind == "folder" else tmp_path / "shards"
+        ran = train(tmp_path / kind, f"data={data}", f"data.root={root}", "data.name=same", *sizes, *pair)
+        assert (ran.code, ran.err) == (0, "")
+        assert "20 training images" in ran.out
+        assert "6 validation images" in ran.out
+        folder = only_run(tmp_path / kind, "kd")
+        row = only_epoch(folder)
+        assert "val/accuracy" in row
+        assert "test/accuracy" not in row
+        results.append(result_of(folder))
+        assert results[-1]["best_epoch"]["split"] == "val"
+        assert "The metrics agree with those that the run reported." in run("evaluate", f"run={folder}").out
+    for split in ("val", "test"):
+        assert results[1][split]["nll"] == pytest.approx(results[0][split]["nll"], abs=1e-3)
+    refused = train(tmp_path / "folder", "data=imagefolder", f"data.root={photos}", *sizes, *pair, "data.val_size=4")
+    assert_refused(refused, "data.val_size=4 holds training images out", "set data.val_size=0 to use them")
+
+
+def test_the_validation_split_of_an_array_file_is_scored_in_each_epoch(tmp_path: Path) -> None:
+    val = colour_arrays(classes=5, test=15)
+    extra = {"val_images": val["test_images"], "val_labels": val["test_labels"], "weights": np.ones(3)}
+    save_arrays(tmp_path / "mine.npz", **colour_arrays(classes=5), **extra)
+    ran = train(tmp_path, "data=arrays", f"data.path={tmp_path / 'mine.npz'}", "model=resnet20_to_resnet8", "method=kd")
+    assert (ran.code, ran.err) == (0, "")
+    assert "15 validation images (val_images)" in ran.out
+    assert "left unread: weights." in ran.out
+    folder = only_run(tmp_path, "kd")
+    assert "test/accuracy" not in only_epoch(folder)
+    assert {"val", "test"} <= result_of(folder).keys()
+
+
+def test_labels_from_1_in_a_column_and_grey_images_are_trained_on(tmp_path: Path) -> None:
+    contents = colour_arrays(classes=5)
+    del contents["class_names"]
+    for split in ("train", "test"):
+        contents[f"{split}_labels"] = contents[f"{split}_labels"][:, None] + 1
+        contents[f"{split}_images"] = contents[f"{split}_images"].mean(axis=3).astype(np.uint8)
+    save_arrays(tmp_path / "mine.npz", **contents)
+    ran = train(tmp_path, "data=arrays", f"data.path={tmp_path / 'mine.npz'}", "model=resnet20_to_resnet8", "method=kd")
+    assert (ran.code, ran.err) == (0, "")
+    assert result_of(only_run(tmp_path, "kd"))["class_names"] == ["1", "2", "3", "4", "5"]
+    assert "run from 1 to 5, and are shifted to 0 to 4." in ran.out
+
+
+def test_a_rest_of_one_image_does_not_end_a_network_with_batch_norm(tmp_path: Path) -> None:
+    save_arrays(tmp_path / "mine.npz", **colour_arrays(train=9, test=6, classes=3))
+    alone = ("method=vanilla", "network@model.student=imagenet/resnet18", "data=arrays")
+    ran = train(tmp_path, *alone, f"data.path={tmp_path / 'mine.npz'}")
+    assert (ran.code, ran.err) == (0, "")
+    assert "The last batch has 9 images, because batch norm cannot train on a rest of one image." in ran.out
+    save_arrays(tmp_path / "one.npz", **colour_arrays(train=3, test=6, classes=2))
+    ran = train(tmp_path, *alone, f"data.path={tmp_path / 'one.npz'}", "data.val_size=2")
+    assert_refused(ran, "There are too few training images (1), because batch norm needs two on each device")
+
+
+def test_damaged_photos_are_reported_before_a_teacher_is_trained(tmp_path: Path, photos: Path) -> None:
+    file = photos / "train" / CLASSES[0] / "0.png"
+    file.write_bytes(file.read_bytes()[:-50])
+    arguments = (
+        "data=imagefolder", f"data.root={photos}", "data.image_size=32", "data.resize=36", "data.workers=0",
+        "model=resnet20_to_resnet8", "method=kd",
+    )  # fmt: skip
+    ran = train(tmp_path, *arguments)
+    assert_refused(ran, "1 of 28 photos cannot be read: train/n01440764/0.png (", "data.skip_corrupt=true")
+    assert not (tmp_path / "runs").exists()
+    ran = train(tmp_path, *arguments, "data.skip_corrupt=true")
+    assert (ran.code, ran.err) == (0, "")
+    assert "Left out of" in ran.out
+    assert result_of(only_run(tmp_path, "kd"))["train_images"] == 19

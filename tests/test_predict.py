@@ -1,6 +1,7 @@
 """The command `python -m src.predict`: it needs only its runtime, and reads pictures as evaluation does."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -83,6 +84,11 @@ def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Pat
     )
 
 
+def test_classes_that_share_a_name_are_told_apart_by_their_numbers(student: Path) -> None:
+    loaded = predict.load(student)._replace(class_names=["crane", "dog", "crane", "owl"])
+    assert [loaded.label(number) for number in range(4)] == ["crane (0)", "dog", "crane (2)", "owl"]
+
+
 @pytest.mark.parametrize("name", sorted(files(0)))
 def test_pictures_are_read_as_in_evaluation(name: str, tmp_path: Path) -> None:
     file = tmp_path / Path(name).name
@@ -117,7 +123,40 @@ def test_an_image_of_the_networks_size_is_unchanged() -> None:
     assert np.array_equal(np.asarray(predict.central_crop(image, (32, 32), (32, 32))), np.asarray(image))
 
 
+def test_the_rules_of_reading_are_copies_of_those_of_training() -> None:
+    assert predict.FORMATS == photos.FORMATS
+    assert predict.TURNS == photos.TURNS
+    for name in ("turn", "to_rgb", "scale_to_8_bits", "value_range"):
+        ours, theirs = (inspect.getsource(getattr(module, name)) for module in (predict, photos))
+        assert ours == theirs
+    for name in ("ORIENTATION", "BITS", "PHOTOMETRIC", "SAMPLE_FORMAT", "UNSIGNED", "WHITE_IS_ZERO", "STATED_RANGES"):
+        assert getattr(predict, name) == getattr(photos, name)
+
+
+@pytest.mark.parametrize("kind", ["float", "16 bits", "turned"])
+def test_pictures_of_many_bits_and_turned_ones_are_read_as_in_evaluation(kind: str, tmp_path: Path) -> None:
+    grey, exif = np.asarray(picture(1, 40, 30).convert("L")), Image.Exif()
+    exif[0x0112] = 6
+    content = {
+        "float": encoded(Image.fromarray((grey / 255).astype(np.float32)), "TIFF"),
+        "16 bits": encoded(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF"),
+        "turned": encoded(Image.fromarray(np.stack([grey] * 3, axis=2)), "PNG", exif=exif),
+    }[kind]
+    (tmp_path / "x").write_bytes(content)
+    expected = np.rot90(grey, 3) if kind == "turned" else grey
+    assert np.array_equal(np.asarray(predict.read_picture(tmp_path / "x"))[..., 0], expected)
+    assert np.array_equal(np.asarray(photos.Photo(content, "x").decode(1)[0])[..., 0], expected)
+
+
 # What is refused
+
+
+def test_a_picture_of_unknown_range_is_refused_by_name(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.tif").write_bytes(encoded(Image.new("I", (4, 4), 100_000), "TIFF"))
+    line = refused(student, tmp_path / "x.tif", capsys)
+    assert f"{tmp_path / 'x.tif'} cannot be read as a picture (the range of its values is unknown" in line
 
 
 def test_a_bad_picture_is_refused_and_the_others_are_classified(

@@ -7,6 +7,8 @@ from hydra import compose, initialize
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
+from src.data.array_file import save_arrays
+from tests.helpers.arrays import colour_arrays
 from tests.helpers.commands import Ran, run
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,16 @@ def test_a_search_by_test_images_is_refused(tmp_path: Path, array_file: Path, mo
     assert (ran.code, ran.err.count("\n")) == (1, 1)
     assert "would choose by test images" in ran.err
     assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_search_may_choose_by_the_datas_own_validation_split(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    contents = colour_arrays(train=40, test=20)
+    val = {f"val_{name}": contents[f"test_{name}"] for name in ("images", "labels")}
+    save_arrays(tmp_path / "colours.npz", **contents, **val)
+    ran = search(tmp_path, tmp_path / "colours.npz", "data.val_size=0", "hydra.sweeper.n_trials=1")
+    assert ran.code == 0, ran.err
+    assert 0 <= OmegaConf.load(tmp_path / "optimization_results.yaml").best_value <= 1
 
 
 def test_the_command_of_a_wandb_agent_composes() -> None:

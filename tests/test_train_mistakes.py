@@ -41,6 +41,9 @@ def check_bad_input(place: Place, bad_files: Path, arguments: list[str], phrases
     assert not list(place.runs.rglob("result.json"))
 
 
+WITHOUT_MILESTONES = ("~schedule.scheduler.milestones", "~schedule.scheduler.gamma")
+
+
 def first(value: object) -> str | None:
     return value[0] if isinstance(value, list) else None
 
@@ -48,7 +51,19 @@ def first(value: object) -> str | None:
 @pytest.mark.parametrize(
     ("arguments", "phrases"),
     [
-        (["nonsense=1"], ["nonsense"]),
+        (["nonsense=1"], ["nonsense is not an option: --help lists the options."]),
+        (["epochs=5"], ["epochs is not an option: did you mean schedule.epochs?"]),
+        (["+epochs=5"], ["epochs is not an option: did you mean schedule.epochs?"]),
+        (["method.temprature=3"], ["method.temprature is not an option of", "did you mean method.temperature?"]),
+        (["schedule.lr=1"], ["schedule.lr is not an option: did you mean schedule.learning_rate?"]),
+        (["trainer.max_epochs=20"], ["trainer.max_epochs=20 differs from the schedule of", "set schedule.epochs=20"]),
+        (["trainer.limit_test_batches=0"], ["trainer.limit_test_batches=0 does not fit"]),
+        (["teacher.path=epoch=9-step (1).ckpt"], ["teacher.path=epoch=9-step (1).ckpt does not exist"]),
+        (["data.path={tmp}/a,b.npz"], ["gives several values", "/a,b.npz'\""]),
+        (
+            ["schedule.scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR", *WITHOUT_MILESTONES],
+            ["schedule.scheduler.T_max is missing: set it with +schedule.scheduler.T_max=VALUE."],
+        ),
         (["method=nonsense"], ["method/nonsense", "ab; aekt; at; catkd; cc"]),
         (["seed=abc"], ["seed=abc", "Integer"]),
         (["schedule.epochs=-1"], ["schedule.epochs=-1 does not fit: input should be greater than 0"]),
@@ -81,7 +96,7 @@ def test_bad_input_ends_in_one_sentence(
         (["data.path={tmp}/truncated.npz"], ["truncated.npz", "damaged"]),
         (["teacher.path={tmp}/hundred.pth"], ["100 classes, but the network has 10"]),
         (["schedule.nonsense=1"], ["schedule.nonsense"]),
-        (["+method.nonsense=1"], ["method.nonsense=1 is not an option", "temperature"]),
+        (["+method.nonsense=1"], ["method.nonsense is not an option of", "temperature"]),
         (["+trainer.nonsense=1"], ["nonsense"]),
         (["network@model.student=nonsense"], ["network/nonsense", "resnet110"]),
         (["method=vanilla,kd"], ["method=vanilla,kd", "--multirun"]),
@@ -142,6 +157,44 @@ def test_a_target_that_cannot_be_imported_is_reported_once(place: Place) -> None
 def test_a_list_of_methods_is_refused_because_hydra_would_use_only_the_last_one(place: Place) -> None:
     ran = place.train("method=[dkd,aekt]")
     assert_refused(ran, "method=[dkd,aekt] would merge several choices into one", "method@also=")
+
+
+def test_hydras_advice_to_add_an_unknown_option_is_not_passed_on(place: Place) -> None:
+    for option in ("method.temprature=3", "epochs=5", "data.nonsense=1", "hydra.nonsense=1", "method@aslo=kd"):
+        ran = place.train(option)
+        assert_refused(ran, option.partition("=")[0])
+        assert "+" not in ran.err
+        assert "append" not in ran.err
+
+
+@pytest.mark.parametrize("prefix", ["", "+"])
+def test_an_argument_of_lightnings_trainer_is_an_option(place: Place, prefix: str) -> None:
+    ran = place.train("method=vanilla", f"{prefix}trainer.gradient_clip_val=1.0", "schedule.epochs=1")
+    assert (ran.code, ran.err) == (0, "")
+    (config,) = place.runs.rglob("config.yaml")
+    assert "gradient_clip_val: 1.0" in config.read_text()
+
+
+def test_an_unknown_option_of_another_command_is_refused(tmp_path: Path) -> None:
+    for command, option, sentence in (
+        ("report", "runz=x", "runz is not an option: did you mean runs?"),
+        ("report", "+relations.class=x", "relations.class is not an option: did you mean relations.classes?"),
+        ("evaluate", "+chekpoint=x", "chekpoint is not an option: did you mean checkpoint?"),
+        ("export", "+image=5", "image is not an option: did you mean images?"),
+        ("convert", "outt=x", "outt is not an option: did you mean out?"),
+    ):
+        ran = run(command, option)
+        assert_refused(ran)
+        assert ran.err == f"error: {sentence}\n"
+
+
+def test_a_run_in_a_folder_of_an_odd_name_can_be_evaluated(place: Place) -> None:
+    runs = place.path / "runs (1) epoch=9 ü"
+    ran = place.train("method=vanilla", "schedule.epochs=1", f"runs={runs}")
+    assert (ran.code, ran.err) == (0, "")
+    (folder,) = (file.parent for file in runs.rglob("result.json"))
+    ran = place.evaluate(f"run={folder}")
+    assert (ran.code, ran.err) == (0, "")
 
 
 def test_neither_data_nor_a_network(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.common.errors import UserError
 from src.config.schema import TrainOptions, marked
+from src.data.array_file import save_arrays
 from src.models.checkpoints import read_state_dict, save_weights, weights_digest
 from src.models.resnet import resnet20
 from src.train import teacher_config
+from tests.helpers.arrays import colour_arrays
 from tests.helpers.commands import assert_refused
 from tests.helpers.configure import changed, configure
 from tests.helpers.place import RUNS, Place, result_of
@@ -68,6 +71,48 @@ def test_an_existing_teacher_is_used(place: Place, where: str) -> None:
     facts = result_of(place.folder("kd"))["teacher"]
     assert facts["source"] == str(file)
     assert facts["sha256"] == weights_digest(teacher)
+
+
+def test_a_finished_teacher_of_other_data_with_the_same_name_is_refused(place: Place, tmp_path: Path) -> None:
+    assert place.train("method=kd").code == 0
+    other = tmp_path / "other" / place.data.name
+    arrays = colour_arrays()
+    save_arrays(other, **{**arrays, "train_images": 255 - arrays["train_images"]})
+    ran = place.train("method=dkd", f"data.path={other}")
+    assert_refused(ran, "was trained on other data that is called cifar10 too: rename this data with data.name=NAME")
+    assert place.folders("dkd") == []
+
+    assert place.train("method=dkd", f"data.path={other}", "data.name=inverted").code == 0
+    again = place.train("method=dkd", f"data.path={other}", "start_over=true")
+    assert (again.code, again.out.count("Training ")) == (0, 2)
+    facts = [result_of(folder)["teacher"] for folder in place.folders("dkd")]
+    assert facts[0]["sha256"] == facts[1]["sha256"], "both teachers saw the same images"
+    assert facts[0]["sha256"] != result_of(place.folder("kd"))["teacher"]["sha256"]
+
+
+def test_a_teacher_at_another_path_is_the_same_run(place: Place) -> None:
+    torch.manual_seed(7)
+    save_weights(resnet20(10), place.path / "a.pth")
+    shutil.copy(place.path / "a.pth", place.path / "b.pth")
+    assert place.train("method=kd", f"teacher.path={place.path / 'a.pth'}").code == 0
+    (place.path / "a.pth").unlink()
+    ran = place.train("method=kd", f"teacher.path={place.path / 'b.pth'}")
+    assert f"{place.folder('kd')} is finished already" in ran.out
+
+
+def test_a_teacher_of_other_names_needs_a_class_map(place: Place) -> None:
+    torch.manual_seed(7)
+    teacher = resnet20(10)
+    save_weights(teacher, place.path / "a.pth", class_names=[f"shade {number}" for number in range(10)])
+    named = ("method=kd", f"teacher.path={place.path / 'a.pth'}")
+    assert_refused(
+        place.train(*named), "The teacher has 10 classes (shade 0, shade 1, ...) and the data has 10 (colour 0, colour"
+    )
+    (place.path / "map.csv").write_text("".join(f"colour {number},shade {9 - number}\n" for number in range(10)))
+    assert place.train(*named, f"teacher.class_map={place.path / 'map.csv'}").code == 0
+    folder = place.folder("kd")
+    assert result_of(folder)["teacher"]["class_index"] == list(range(9, -1, -1))
+    assert "The metrics agree with those that the run reported." in place.evaluate(f"run={folder}").out
 
 
 # The configuration that trains a missing teacher

@@ -9,6 +9,7 @@ import torch
 
 from src.analysis.predictions import Predictions, predict, student_and_teacher_macs
 from src.analysis.results import Finished
+from src.common.errors import UserError
 from src.data.image_data import ImageData
 from src.setup.reopen import open_run, read_config
 
@@ -56,6 +57,8 @@ def answer(groups: Mapping[str, Sequence[Finished]], data_root: str) -> tuple[di
 
 def _answer_run(run: Finished, data_root: str, device: str) -> Answered:
     _, distiller, data = open_run(run.folder, read_config(run.folder, data_root))
+    if run.data is not None and run.data != data.source.digest:
+        raise UserError("the data has changed since the run, so its pictures would not show what the run did")
     distiller.to(device)
     teacher = distiller.teacher_predictions.get("test")
     macs = student_and_teacher_macs(distiller, data)

@@ -1,12 +1,15 @@
 """The contents of a report, and its three forms: Markdown, LaTeX (booktabs), and one self-contained HTML page."""
 
 import base64
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 from tabulate import LATEX_ESCAPE_RULES, tabulate
+
+from src.common.markup import plain
 
 
 class Table(NamedTuple):
@@ -41,27 +44,18 @@ def markdown(sections: Sequence[Section]) -> str:
     """Write all sections as Markdown. Pictures are linked by their file name, so keep them beside the text."""
     lines = []
     for section in sections:
-        lines += [f"## {_plain(section.title)}", ""]
+        lines += [f"## {plain(section.title)}", ""]
         for table in section.tables:
             body = tabulate(
-                [[_plain(cell) for cell in row] for row in table.rows],
-                [_plain(column) for column in table.columns],
+                [[plain(cell) for cell in row] for row in table.rows],
+                [plain(column) for column in table.columns],
                 tablefmt="pipe",
                 disable_numparse=True,
             )
-            lines += [body, "", _plain(table.caption), ""]
-        lines += [line for note in section.notes for line in (_plain(note), "")]
-        lines += [line for p in section.pictures for line in (f"![{_plain(p.caption)}]({p.file.name})", "")]
+            lines += [body, "", plain(table.caption), ""]
+        lines += [line for note in section.notes for line in (plain(note), "")]
+        lines += [line for p in section.pictures for line in (f"![{plain(p.caption)}]({p.file.name})", "")]
     return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Escape text so that it can neither act as markup nor end a cell.
-
-    >>> print(_plain("a | [b]\\n<i>"))
-    a \\| \\[b] &lt;i>
-    """
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 
 
 def latex(sections: Sequence[Section]) -> str:
@@ -72,6 +66,7 @@ def latex(sections: Sequence[Section]) -> str:
         for table in section.tables:
             rows = [[" ".join(cell.split()) for cell in row] for row in table.rows]
             body = tabulate(rows, table.columns, tablefmt="latex_booktabs", disable_numparse=True)
+            body = re.sub(r"^( *)([\[*])", r"\1{\2}", body, flags=re.M)  # else an argument of the \\ before it
             caption = "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in f"{section.title}. {table.caption}")
             lines += [
                 r"\begin{table}",

@@ -14,9 +14,10 @@ from src.analysis.document import Picture
 from src.analysis.gradient_figures import gradient_anatomy
 from src.analysis.relation_figures import relation_matrices, strongest_relations
 from src.analysis.relations_of_runs import class_matrices, serial_layers
-from src.analysis.results import Finished
+from src.analysis.results import Finished, teacher_names
 from src.common.errors import UserError
 from src.data.imagenet import english_names
+from src.data.source import distinct_names
 from src.training.gradient_anatomy import read_gradients
 
 Groups = Mapping[str, Sequence[Finished]]
@@ -58,8 +59,9 @@ def draw(
 
 def _accuracy_figures(groups: Groups, answered: Mapping[str, Answered]) -> Iterator[Drawn]:
     macs = {name: each.macs for name, each in answered.items()}
+    names = teacher_names(runs[0] for runs in groups.values())
     teachers = {
-        teacher.name: (each.teacher_macs, 100 * teacher.accuracy)
+        names[teacher.name, teacher.sha256]: (each.teacher_macs, 100 * teacher.accuracy)
         for name, each in answered.items()
         if (teacher := groups[name][0].result.teacher) and each.teacher_macs
     }
@@ -77,8 +79,9 @@ def _answer_figures(groups: Groups, answered: Mapping[str, Answered]) -> Iterato
     predictions = {name: each.predictions for name, each in answered.items()}
     caption = f"Accuracy by confidence (bars), and the share of images at each confidence (line). {FIRST_SEED}"
     yield Drawn("reliability", figures.reliability(predictions), caption)
+    names = teacher_names(runs[0] for runs in groups.values())
     classes = {
-        f"{teacher.name} (teacher)": each.complete_teacher
+        f"{names[teacher.name, teacher.sha256]} (teacher)": each.complete_teacher
         for name, each in answered.items()
         if (teacher := groups[name][0].result.teacher) and each.complete_teacher is not None
     }
@@ -107,6 +110,7 @@ def _relation_figures(
     name, run, weight = found
     names, superclasses = english_names(run.result.class_names), run.result.superclasses
     chosen = class_numbers(names, classes) if classes else None
+    names = distinct_names(names)
     matrices = class_matrices(weight, answered.get(name))
     caption = f"Relations learned by {name}, seed {run.result.seed}, beside the confusion matrices."
     yield Drawn("class_relations", relation_matrices(matrices, names, superclasses), caption, wide=True)
@@ -116,15 +120,17 @@ def _relation_figures(
 
 
 def class_numbers(names: Sequence[str], chosen: Sequence[str]) -> list[int]:
-    """Find the numbers of classes by name. Raises `UserError` if a name is unknown.
+    """Find the numbers of classes by name. A name of several classes chooses all of them.
 
-    >>> class_numbers(["cat", "dog", "owl"], ["owl", "cat"])
-    [2, 0]
+    Raises `UserError` if a name is unknown.
+
+    >>> class_numbers(["crane", "dog", "crane"], ["dog", "crane"])
+    [1, 0, 2]
     """
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise UserError(f"relations.classes: there is no class {unknown[0]}. Choose from {', '.join(names[:8])} ...")
-    return [names.index(name) for name in chosen]
+    return [number for chosen_name in chosen for number, name in enumerate(names) if name == chosen_name]
 
 
 def draw_gained_images(groups: Groups, answered: Mapping[str, Answered]) -> Figure | None:
@@ -150,4 +156,4 @@ def draw_gained_images(groups: Groups, answered: Mapping[str, Answered]) -> Figu
     data = answered[best].data
     images = data.test_images(picked).permute(0, 2, 3, 1).numpy()
     title = f"Gained by distillation: {len(gained)} of {len(after.target)} test images, for example these"
-    return figures.example_predictions(images, picked, pair, english_names(data.class_names), title)
+    return figures.example_predictions(images, picked, pair, distinct_names(english_names(data.class_names)), title)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from statistics import mean
 
 import numpy as np
@@ -12,7 +13,7 @@ from src.analysis.document import Table
 from src.analysis.published import NOTE as PUBLISHED_NOTE
 from src.analysis.published import published
 from src.analysis.relations_of_runs import class_matrices, serial_layers
-from src.analysis.results import Finished, Unfinished, spread
+from src.analysis.results import Finished, Unfinished, spread, teacher_names
 from src.analysis.statistics import CONFIDENCE, compare_paired, correct_for_multiplicity
 from src.common.errors import UserError
 from src.runs.result import RunRecord, read_record
@@ -46,7 +47,7 @@ def results_table(groups: Groups) -> Table:
         "ECE": lambda runs: _test(runs, "ece"),
         "agree": lambda runs: _test(runs, "agreement"),
         "size": lambda runs: f"{runs[0].result.parameters.student / 1000:,.0f}k",
-        "time": lambda runs: f"{mean(run.result.seconds for run in runs):.0f} s",
+        "time": _time,
     }
     cells = {name: [cell(runs) for runs in groups.values()] for name, cell in columns.items()}
     kept = {"network": list(groups), **_without_empty(cells)}
@@ -58,6 +59,11 @@ def _test(runs: Sequence[Finished], name: str, factor: float = 100) -> str:
     measured = [getattr(run.result.test, name) for run in runs]
     values = [factor * value for value in measured if value is not None]
     return spread(values, 2 if factor == 1 else 1) if values else "-"
+
+
+def _time(runs: Sequence[Finished]) -> str:
+    seconds = mean(run.result.seconds for run in runs)
+    return f"{seconds:.0f} s" if isfinite(seconds) else "-"
 
 
 def _best(runs: Sequence[Finished]) -> str:
@@ -106,7 +112,7 @@ def comparison_table(groups: Groups, against: str | None) -> Table | None:
     if not comparisons:
         return None
     rows = [
-        [f"{c.one} minus {c.other}", f"{c.difference:+.2f}", _p_value(c.p), _p_value(c.corrected_p), c.verdict]
+        [f"{c.one} minus {c.other}", _points(c.difference), _p_value(c.p), _p_value(c.corrected_p), c.verdict]
         for c in correct_for_multiplicity(comparisons)
     ]
     caption = (
@@ -116,6 +122,15 @@ def comparison_table(groups: Groups, against: str | None) -> Table | None:
         f"{100 * CONFIDENCE:.0f} % interval of the mean. This covers the chance of the seed, not that of the data."
     )
     return Table(caption, ["compared", "points", "p", "corrected p", "verdict"], rows, sentences=True)
+
+
+def _points(value: float) -> str:
+    """Write a difference with its sign.
+
+    >>> _points(0.5), _points(float("nan"))
+    ('+0.50', '-')
+    """
+    return "-" if np.isnan(value) else f"{value:+.2f}"
 
 
 def _p_value(value: float) -> str:
@@ -176,7 +191,8 @@ def notes(groups: Groups) -> list[str]:
     runs = [run for repeated in groups.values() for run in repeated]
     taught = {run.result.student for run in runs if run.result.teacher}
     seeds = sorted({run.result.seed for run in runs if run.result.student in taught})
-    teachers = {f"{t.name} ({100 * t.accuracy:.2f} %)" for run in runs if (t := run.result.teacher)}
+    names = teacher_names(runs)
+    teachers = {f"{names[t.name, t.sha256]} ({100 * t.accuracy:.2f} %)" for run in runs if (t := run.result.teacher)}
     lines = [f"Teacher: {', '.join(sorted(teachers))}."] if teachers else []
     for name, repeated in groups.items():
         missing = [seed for seed in seeds if seed not in {run.result.seed for run in repeated}]

@@ -2,8 +2,10 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeVar
@@ -13,8 +15,10 @@ import yaml
 
 from src.runs.history import read_history
 from src.runs.lock import is_locked
-from src.runs.result import Record, Result, RunRecord, describe_damage
+from src.runs.result import Record, Result, RunRecord, TeacherFacts, describe_damage
 
+CHOOSE_TEACHER = ("path", "source", "seed", "method", "serialization", "class_map")
+"""The options of `teacher` that choose its weights and classes. A result holds what they chose."""
 METHOD_ORDER = {"vanilla": 0, "kd": 1, "dkd": 2}
 """Methods that come first in tables and figures, in this order."""
 
@@ -25,6 +29,8 @@ class Finished:
 
     folder: Path
     result: Result
+    data: str | None = None
+    """Digest of the data. None if run.json does not tell it."""
 
     @property
     def label(self) -> str:
@@ -51,10 +57,27 @@ class Finished:
 
     @property
     def setting(self) -> str:
-        """Everything that decides the result except the seed: runs of one setting are repetitions."""
-        teacher = self.result.teacher
+        """Everything that decides the result except the seed: runs of one setting are repetitions.
+
+        The data and the teacher are told by their digests. The name and place of their files do not count.
+        """
+        settings, teacher = dict(self.result.settings), self.result.teacher
+        if teacher:
+            settings["teacher"] = self._teacher_settings(teacher)
+            model, network = _node(settings, "model"), _node(_node(settings, "model"), "teacher")
+            named = {"teacher": _without(network, ("name",))} if network else {}  # a program is named after its file
+            settings["model"] = _without(model, ("name",)) | named
         weights = teacher.sha256[:12] if teacher else None
-        return json.dumps({**self.result.settings, "teacher_weights": weights}, sort_keys=True)
+        return json.dumps({**settings, "teacher_weights": weights, "data_digest": self._short_digest}, sort_keys=True)
+
+    def _teacher_settings(self, teacher: TeacherFacts) -> dict[str, Any]:
+        """Return how the teacher computes: options, and in place of some of them the facts that came of them."""
+        facts = teacher.model_dump(include={"mean", "std", "image_size", "class_index"}, exclude_none=True)
+        return _without(_node(self.result.settings, "teacher"), CHOOSE_TEACHER) | facts
+
+    @property
+    def _short_digest(self) -> str | None:
+        return self.data[:12] if self.data else None
 
     @property
     def protocol(self) -> str:
@@ -64,14 +87,18 @@ class Finished:
         if isinstance(schedule, dict):  # the learning rate belongs to the network, the warm-up to the method
             schedule = {k: v for k, v in schedule.items() if k not in ("learning_rate", "distillation_warmup")}
         decides = {key: settings.get(key) for key in ("data", "trainer", "channels_last")}
-        budget = {"train_images": self.result.train_images, "epochs": self.result.epochs}
-        return json.dumps({**decides, "schedule": schedule, **budget}, sort_keys=True)
+        budget = {"train_images": self.result.train_images, "epochs": self.result.epochs_wanted or self.result.epochs}
+        return json.dumps(
+            {**decides, "schedule": schedule, "data_digest": self._short_digest, **budget}, sort_keys=True
+        )
 
     @property
     def budget(self) -> str:
         """Data and budget in words."""
         result = self.result
-        return f"{result.data}, {result.train_images:,} training images, {result.epochs} epochs"
+        epochs = f"{result.epochs_wanted or result.epochs} epochs"
+        early = "" if result.end == "the last epoch" else ", ended early"
+        return f"{result.data}, {result.train_images:,} training images, {epochs}{early}"
 
     def history(self) -> list[dict[str, float]]:
         """Read the run's metrics, one row per epoch."""
@@ -112,8 +139,10 @@ def _read_run(folder: Path) -> Finished | Unfinished:
     except (OSError, ValueError, TypeError, csv.Error) as error:
         return Unfinished(folder, "damaged", f"metrics.csv cannot be read ({type(error).__name__})")
     if (folder / "result.json").is_file():
-        result = _read_record(Result, folder, "result.json")
-        return result if isinstance(result, Unfinished) else Finished(folder, result)
+        result, record = _read_record(Result, folder, "result.json"), _read_record(RunRecord, folder, "run.json")
+        if isinstance(result, Unfinished):
+            return result
+        return Finished(folder, result, record.fingerprints.data if isinstance(record, RunRecord) else None)
     return _unfinished(folder, history)
 
 
@@ -208,11 +237,30 @@ def _flat(node: Any, name: str = "") -> dict[str, str]:
     return {k: v for key, value in items for k, v in _flat(value, f"{name}.{key}" if name else str(key)).items()}
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Write the mean, and the standard deviation if there are several values.
+def _node(settings: Any, name: str) -> dict[str, Any]:
+    """Return a node of a run's settings, or an empty one. The settings of a foreign run may hold anything."""
+    node = settings.get(name) if isinstance(settings, dict) else None
+    return node if isinstance(node, dict) else {}
 
-    >>> spread([1.0, 2.0, 3.0], digits=1)
-    '2.0 +- 1.0'
+
+def _without(node: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if name not in names}
+
+
+def teacher_names(runs: Iterable[Finished]) -> dict[tuple[str, str], str]:
+    """Name the teachers, each found by its name and digest. The digest tells teachers of the same name apart."""
+    found = {(run.result.teacher.name, run.result.teacher.sha256) for run in runs if run.result.teacher}
+    counts = Counter(name for name, _ in found)
+    return {(name, sha): name if counts[name] == 1 else f"{name} {sha[:6]}" for name, sha in found}
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Write the mean, and the standard deviation if there are several values, or "-" if a value is not finite.
+
+    >>> spread([1.0, 2.0, 3.0], digits=1), spread([1.0]), spread([1.0, float("nan")])
+    ('2.0 +- 1.0', '1.00', '-')
     """
+    if not all(map(isfinite, values)):
+        return "-"
     text = f"{mean(values):.{digits}f}"
     return text if len(values) < 2 else f"{text} +- {stdev(values):.{digits}f}"

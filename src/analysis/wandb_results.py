@@ -15,7 +15,9 @@ from src.analysis.predictions import Predictions, predict
 from src.analysis.relation_figures import relation_matrices
 from src.data.image_data import ImageData
 from src.data.imagenet import english_names
+from src.data.source import distinct_names
 from src.models.checkpoints import weights_digest
+from src.runs.loggers import wandb_name
 from src.runs.result import Result
 from src.training.distiller import Distiller
 
@@ -61,7 +63,7 @@ def _summary(result: Result) -> dict[str, Any]:
 
 
 def _log_classes(run: wandb.Run, distiller: Distiller, data: ImageData, predictions: Predictions) -> None:
-    names = english_names(data.class_names)
+    names = distinct_names(english_names(data.class_names))
     columns: Any = ["class", "images", "accuracy", "most often taken for"]
     tables = {"classes": wandb.Table(columns, class_rows(predictions, names))}
     figures = {"calibration": reliability({"student": predictions})}
@@ -111,7 +113,8 @@ def _log_networks(run: wandb.Run, distiller: Distiller, result: Result, student_
 
 
 def _network(name: str, digest: str, file: Path, facts: Mapping[str, Any]) -> wandb.Artifact:
-    artifact = wandb.Artifact(f"{name}-{digest[:12]}", "model", metadata={"sha256": digest, **facts})
+    allowed = wandb_name(f"{name}-{digest[:12]}").replace("+", "-")  # a plus sign is allowed in ids only
+    artifact = wandb.Artifact(allowed, "model", metadata={"sha256": digest, **facts})
     if file.is_file():
-        artifact.add_file(str(file), name=f"{name}.pth")
+        artifact.add_file(str(file), name=f"{wandb_name(name)}.pth")
     return artifact

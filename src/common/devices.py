@@ -7,7 +7,9 @@ from lightning import Trainer
 
 
 def fits_in_memory(size: int, device: torch.device) -> bool:
-    """Return whether `size` bytes take at most half of a GPU's free memory. Always false for other devices.
+    """Return whether `size` bytes take at most a third of a GPU's free memory. Always false for other devices.
+
+    Memory that torch has freed but keeps for itself counts as free.
 
     >>> fits_in_memory(1, torch.device("cpu"))
     False
@@ -15,16 +17,18 @@ def fits_in_memory(size: int, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return size <= free // 2
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 3 * size <= free + kept
 
 
 def steps_between_waits(trainer: Trainer, wanted: int | None) -> int:
     """Return the number of steps after which the host may wait for the device.
 
     `wanted` is the configured number. None means every step on a CPU, where nothing is waited for, and every
-    `log_every_n_steps` steps on other devices, which then work ahead of the host's checks.
+    `log_every_n_steps` steps on other devices, which then work ahead of the host's checks. If the loggers are off
+    (`log_every_n_steps` 0), it means every 50 steps.
     """
     if wanted is not None:
         return wanted
     interval: Any = vars(trainer)["log_every_n_steps"]  # Lightning does not declare this attribute
-    return 1 if trainer.strategy.root_device.type == "cpu" else interval or 1
+    return 1 if trainer.strategy.root_device.type == "cpu" else interval or 50

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -23,12 +24,42 @@ def instantiate(node: DictConfig, option: str, **arguments: Any) -> Any:
     With `_partial_: true`, return a partial of the target. Raises `UserError` if the target does not exist, if a key
     is not an option of the target, or if a value has the wrong type.
     """
+    bound = bind(node, option, arguments)
+    return functools.partial(bound, **arguments) if node.get("_partial_") else bound(**arguments)
+
+
+def bind(node: DictConfig, option: str, given: Collection[str]) -> functools.partial[Any]:
+    """Find the `_target_` of the node at `option`, and bind the node's keys to it.
+
+    The caller passes the arguments named in `given` later. Raises `UserError` as `instantiate` does, and if an argument
+    is missing, or if the target does not take one of the caller's.
+    """
     target = find_target(node, option)
     container: Any = OmegaConf.to_container(node, resolve=True)
-    options = validate_options(target, container, option, given=arguments)
-    if container.get("_partial_"):
-        return functools.partial(target, **options, **arguments)
-    return target(**options, **arguments)
+    options = validate_options(target, container, option, given=given)
+    names = options_of(target)
+    for name in given:
+        if names is not None and name not in names:
+            raise UserError(
+                f"{option}._target_={node._target_} does not take the argument {name!r}, which it gets from this "
+                "project: name a function or a class that does."
+            )
+    if not node.get("_partial_"):
+        check_required(target, {*options, *given}, option)
+    return functools.partial(target, **options)
+
+
+def check_required(target: Any, given: Container[str], option: str) -> None:
+    """Raise `UserError` if a required argument of the target of `option` is not among the given ones."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # of some functions in C
+        return
+    for parameter in parameters:
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if is_named and parameter.default is parameter.empty and parameter.name not in given:
+            name = f"{option}.{parameter.name}"
+            raise UserError(f"{name} is missing: set it with +{name}=VALUE.")
 
 
 def find_target(node: DictConfig, option: str) -> Any:
@@ -72,6 +103,17 @@ def validate_options(
     return found
 
 
+@contextmanager
+def report_misfit(node: DictConfig, option: str) -> Iterator[None]:
+    """Raise a `UserError` that names the option and its target instead of any error of a constructor."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # Hydra's error only names the cause
+        why = " ".join(str(cause).split()).rstrip(".")
+        raise UserError(f"The options of {option} do not fit {node._target_}: {why}.") from error
+
+
 def reason(message: str) -> str:
     """Rewrite a message of pydantic so that it can end a sentence.
 
@@ -84,6 +126,28 @@ def reason(message: str) -> str:
     return message[0].lower() + message[1:]
 
 
+def options_of(target: Any) -> frozenset[str] | None:
+    """Return the names of a target's arguments, or None if it takes any name.
+
+    A class of this project passes `**options` on to its base class. A library may do anything with them.
+
+    >>> options_of(reason), options_of(dict)
+    (frozenset({'message'}), None)
+    """
+    constructors = list(_constructors(target)) if isinstance(target, type) else [target]
+    is_own = isinstance(target, type) and any(cls.__module__.startswith("src.") for cls in target.__mro__)
+    names: set[str] = set()
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor).parameters.values()
+        except (TypeError, ValueError):  # of some functions in C
+            return None
+        if any(p.kind is p.VAR_KEYWORD for p in parameters) and not is_own:
+            return None
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return frozenset(names - {"self"})
+
+
 def _keyword_parameters(target: Any) -> dict[str, Any]:
     """Map the names of a target's arguments to their annotations.
 
@@ -92,14 +156,18 @@ def _keyword_parameters(target: Any) -> dict[str, Any]:
     if not isinstance(target, type):
         return _annotations(target)
     parameters: dict[str, Any] = {}
-    for cls in target.__mro__:
-        if "__init__" not in vars(cls):
-            continue
-        constructor = vars(cls)["__init__"]
+    for constructor in _constructors(target):
         parameters = {**_annotations(constructor), **parameters}
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values()):
-            break
     return parameters
+
+
+def _constructors(cls: type) -> Iterator[Any]:
+    """Yield the `__init__` of a class, and those of its base classes as far as `**options` are passed on to them."""
+    for base in cls.__mro__:
+        if base is not object and "__init__" in vars(base):
+            yield (constructor := vars(base)["__init__"])
+            if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values()):
+                return
 
 
 def _annotations(function: Any) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 Hydra checks the types when it composes a configuration. The limits are part of the annotations, and
 `src/config/validation.py` checks them. Groups typed `Any` are validated by the class that their `_target_` names.
 
-By default, an option is part of a run's identity. The mark `no_effect` makes an exception. By default, a teacher that
-has to be trained first is trained with the same option as the student. The mark `student_only` makes an exception.
+By default, an option is part of a run's identity. The mark `no_effect` makes an exception. The mark `by_content` puts a
+file's content into the identity instead of its path. By default, a teacher that has to be trained first is trained with
+the same option as the student. The mark `student_only` makes an exception.
 """
 
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,8 @@ from typing import Annotated, Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from src.common.duration import duration
 
 
 def no_effect(default: Any = MISSING) -> Any:
@@ -25,8 +28,13 @@ def student_only(default: Any) -> Any:
     return field(default=default, metadata={"student_only": True})
 
 
+def by_content(default: Any = None) -> Any:
+    """Declare the path of a file whose content is part of a run's identity. The path itself is not."""
+    return field(default=default, metadata={"by_content": True})
+
+
 def marked(schema: type, mark: str) -> list[str]:
-    """List the options of a schema that have a mark: `no_effect` or `student_only`.
+    """List the options of a schema that have a mark: `no_effect`, `student_only` or `by_content`.
 
     >>> marked(TrainOptions, "no_effect")
     ['gradients', 'logger', 'runs', 'checkpoint_minutes', 'check_loss_every_n_steps', 'start_over']
@@ -51,7 +59,40 @@ def _check_channels(values: list[float]) -> list[float]:
     return values
 
 
+def _check_name(name: str) -> str:
+    if not name.strip(" .") or any(letter in name for letter in "/\\\0\n"):
+        raise ValueError("it is the name of a folder, so give one without slashes")
+    return name
+
+
+def _check_max_steps(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("give a positive number of steps, or -1 for no limit")
+    return value
+
+
+def _check_fast_dev_run(value: Any) -> Any:
+    if value:
+        raise ValueError("it saves no checkpoint, so it cannot make a run; use trainer=debug")
+    return value
+
+
+def _check_callbacks(value: Any) -> Any:
+    if any(str(callback.get("_target_")).endswith(".Timer") for callback in value or ()):
+        raise ValueError("Lightning's Timer ends a run for good; use trainer.max_time=HH:MM:SS, which resumes")
+    return value
+
+
+def _check_limit(value: float) -> float:
+    if value > 1 and value % 1:
+        raise ValueError("give a number of batches, or a fraction of all batches between 0 and 1")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
 Channels = Annotated[list[float], AfterValidator(_check_channels)]
+Limit = Annotated[NonNegativeFloat, AfterValidator(_check_limit)]
+PositiveLimit = Annotated[PositiveFloat, AfterValidator(_check_limit)]
 
 
 @dataclass
@@ -59,7 +100,7 @@ class NetworkOptions:
     """The keys of a file of `conf/network`. All other keys are arguments of its `_target_`."""
 
     _target_: str
-    name: str
+    name: Name
     learning_rate: PositiveFloat
     published_accuracy: dict[str, float] = field(default_factory=dict, metadata={"no_effect": True})
     """Top-1 accuracy in %, by data set."""
@@ -75,7 +116,7 @@ class MethodOptions:
     """The keys of a file of `conf/method`. All other keys are arguments of its `_target_`."""
 
     _target_: str
-    name: str
+    name: Name
     year: int | None = no_effect(None)
     uses: str = no_effect("-")
     settings: str = no_effect("-")
@@ -90,7 +131,7 @@ class MethodOptions:
 class DataOptions:
     """The options common to all data: the location of the images, their splits, and their normalisation."""
 
-    name: str = MISSING
+    name: Name = MISSING
     root: str = no_effect("${oc.env:AEKT_DATA,data}")
     train_size: NonNegativeInt | None = None
     val_size: NonNegativeInt = 0
@@ -114,10 +155,9 @@ class ArrayDataOptions(DataOptions):
 
 
 @dataclass
-class FolderDataOptions(DataOptions):
-    """Photos in folders (`src/data/folder_data.py`)."""
+class PhotoDataOptions(DataOptions):
+    """The options common to photos in folders and in shards."""
 
-    _target_: str = "src.data.folder_data.FolderData"
     workers: NonNegativeInt = no_effect("${processors:}")
     mean: Channels | None = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: Channels | None = field(default_factory=lambda: [0.229, 0.224, 0.225])
@@ -126,14 +166,28 @@ class FolderDataOptions(DataOptions):
     """Length of the short side before the central crop of evaluation, in pixels."""
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     """Smallest and largest share of a photo's area in a random crop of training."""
+    cache: str = no_effect('${oc.env:AEKT_CACHE,"~/.cache/aekt"}')
+    """The folder for shards from a URL, and for the results of the check of photos."""
 
 
 @dataclass
-class StreamDataOptions(FolderDataOptions):
+class FolderDataOptions(PhotoDataOptions):
+    """Photos in folders (`src/data/folder_data.py`)."""
+
+    _target_: str = "src.data.folder_data.FolderData"
+    train_folder: str | None = None
+    """The folders of the splits in `root`. None: train/, and val/ or test/ or both, as they are there."""
+    val_folder: str | None = None
+    test_folder: str | None = None
+    skip_corrupt: bool = no_effect(False)
+    """Leave out photos that cannot be read. Without it there is no run, so that no two results can differ by it."""
+
+
+@dataclass
+class StreamDataOptions(PhotoDataOptions):
     """Photos in shards (`src/data/stream_data.py`)."""
 
     _target_: str = "src.data.stream_data.StreamData"
-    cache: str = no_effect("~/.cache/aekt")
     cache_gigabytes: NonNegativeFloat = no_effect(100)
 
 
@@ -156,11 +210,18 @@ class TrainerOptions:
 
     max_epochs: PositiveInt
     precision: Annotated[str, one_of("32-true", "bf16-mixed", "16-mixed")]
-    limit_train_batches: PositiveFloat | None = None
-    """A number of batches, or a fraction of all batches if it is not an integer."""
-    limit_val_batches: PositiveInt | None = None
-    """A number of batches. The teacher answers only these batches."""
-    limit_test_batches: PositiveFloat | None = None
+    limit_train_batches: PositiveLimit | None = None
+    """As in Lightning, an integer is a number of batches, 0.5 is half of them, and 1.0 is all of them."""
+    limit_val_batches: Limit | None = None
+    """0: no validation. The test set is then scored at the end of the run."""
+    limit_test_batches: PositiveLimit | None = None
+    max_steps: Annotated[int, AfterValidator(_check_max_steps)] = -1
+    """A run ends after so many steps if this is before its last epoch. -1: no limit."""
+    max_time: Annotated[Any, AfterValidator(duration)] = no_effect(None)
+    """The time that a command may train. The same command then resumes the run."""
+    fast_dev_run: Annotated[Any, AfterValidator(_check_fast_dev_run)] = False
+    callbacks: Annotated[Any, AfterValidator(_check_callbacks)] = None
+    """Callbacks of the main stage, in addition to those of this project."""
     accelerator: Any = no_effect()
     devices: Any = no_effect()
     strategy: Any = no_effect()
@@ -177,9 +238,11 @@ class TrainerOptions:
 class TeacherOptions:
     """The source of the teacher, its computation, and its training if it is missing."""
 
-    path: str | None = None
+    path: str | None = by_content()
     source: str | None = "${oc.select:model.teacher.weights,null}"
     allow_program: bool = no_effect(False)
+    class_map: str | None = by_content()
+    """A file that names the teacher's class for each class of the data (`src/teachers/class_order.py`)."""
     mean: Channels | None = None
     std: Channels | None = None
     image_size: PositiveInt | None = None
@@ -200,8 +263,10 @@ class TeacherOptions:
 class StudentOptions:
     """The source of the student's initial weights."""
 
-    path: str | None = None
+    path: str | None = by_content()
     source: str | None = None
+    new_head: bool = False
+    """Load the file at `path` without its last layer, which is trained from fresh weights."""
 
 
 @dataclass
@@ -272,6 +337,42 @@ class MeasureOptions(EvaluateOptions):
     threads: PositiveInt = MISSING
 
 
+@dataclass
+class RelationOptions:
+    """The classes whose strongest relations a report draws."""
+
+    classes: list[str] | None = None
+
+
+@dataclass
+class ReportOptions:
+    """The options of `conf/report.yaml`."""
+
+    runs: str = MISSING
+    out: str = MISSING
+    title: str = MISSING
+    against: str | None = None
+    answers: bool = MISSING
+    relations: RelationOptions = field(default_factory=RelationOptions)
+    data_root: str = MISSING
+
+
+@dataclass
+class ConvertOptions:
+    """The options of `conf/convert.yaml`."""
+
+    data: Any = MISSING
+    out: str = MISSING
+
+
+COMMAND_SCHEMAS = {
+    "train": TrainOptions,
+    "evaluate": EvaluateOptions,
+    "export": ExportOptions,
+    "measure": MeasureOptions,
+    "report": ReportOptions,
+    "convert": ConvertOptions,
+}
 DATA_SCHEMAS = (ArrayDataOptions, FolderDataOptions, StreamDataOptions)
 
 
@@ -281,10 +382,8 @@ def data_schema(target: str) -> type[DataOptions]:
 
 
 _store = ConfigStore.instance()
-_store.store("train_schema", TrainOptions)
-_store.store("evaluate_schema", EvaluateOptions)
-_store.store("export_schema", ExportOptions)
-_store.store("measure_schema", MeasureOptions)
+for _command, _schema in COMMAND_SCHEMAS.items():
+    _store.store(f"{_command}_schema", _schema)
 _store.store("array_data_schema", ArrayDataOptions)
 _store.store("folder_data_schema", FolderDataOptions)
 _store.store("stream_data_schema", StreamDataOptions)

@@ -19,6 +19,12 @@ UNTYPED_NODES: dict[str, tuple[Any, str]] = {
     "teacher.method": (MethodOptions, "conf/method"),
 }
 """Nodes that Hydra composes without a schema, with the schema that validates them and the folder of their files."""
+BROKEN_TRAINERS = {
+    ("use_distributed_sampler", True): "would divide the images among the devices a second time",
+    ("enable_checkpointing", False): "would leave a run without its student",
+    ("barebones", True): "would leave a run without its checkpoints and metrics",
+}
+"""Arguments of Lightning's Trainer with which no run works, and what they would do."""
 
 
 def validate(cfg: DictConfig) -> None:
@@ -30,6 +36,24 @@ def validate(cfg: DictConfig) -> None:
     for option, (schema, _) in UNTYPED_NODES.items():
         _validate_node(cfg, option, schema)
     _check_winograd(cfg)
+
+
+def check_training(cfg: DictConfig) -> None:
+    """Raise `UserError` if two options state the length of a training differently, or if one breaks every run.
+
+    Runs that were trained with such options can still be opened. A trial of one epoch that is cut short, such as that
+    of trainer=debug, may have fewer epochs than its schedule.
+    """
+    trained, scheduled = cfg.trainer.max_epochs, cfg.schedule.epochs
+    is_trial = trained == 1 and cfg.trainer.get("limit_train_batches") is not None
+    if trained != scheduled and not is_trial:
+        raise UserError(
+            f"trainer.max_epochs={trained} differs from the schedule of {scheduled} epochs: set "
+            f"schedule.epochs={trained} instead, so that the learning rate and the warm-ups follow too."
+        )
+    for (option, value), consequence in BROKEN_TRAINERS.items():
+        if cfg.trainer.get(option) is value:
+            raise UserError(f"trainer.{option}={str(value).lower()} {consequence}: leave it out.")
 
 
 def _check_required_keys(cfg: DictConfig, option: str, schema: Any, folder: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from src.common.devices import fits_in_memory
 from src.common.errors import UserError
 from src.data.array_file import ImageArrays, load_arrays
-from src.data.image_data import ImageData, Reader, Samples, Share, Split
+from src.data.image_data import ImageData, Reader, Samples, Share
+from src.data.source import Split
 from src.data.views import crop_and_flip, draw_views, view_count
 
 
@@ -83,9 +84,7 @@ class ArrayData(ImageData):
 
     def reader(self, split: Split, index: Tensor | None = None) -> ArrayReader:
         """Return a reader of a split. It does not augment."""
-        if split == "test":
-            return ArrayReader(self.arrays.test_images, self.arrays.test_labels, index)
-        return ArrayReader(self.arrays.train_images, self.arrays.train_labels, index)
+        return ArrayReader(self.arrays.images(split), self.arrays.labels(split), index)
 
     def lies_on(self, device: torch.device) -> bool:
         """Return whether training on this device reads the images from its memory."""
@@ -98,13 +97,13 @@ class ArrayData(ImageData):
         """Return a reader of the images in the memory of a device. They are copied there once."""
         if device not in self.device_arrays:
             self.device_arrays[device] = {name: array.to(device) for name, array in self._host_arrays().items()}
-        arrays, part = self.device_arrays[device], "test" if split == "test" else "train"
+        arrays, part = self.device_arrays[device], "train" if split == "held_out" else split
         index = index if index is None else index.to(device)
         return ArrayReader(arrays[f"{part}_images"], arrays[f"{part}_labels"], index)
 
     def _host_arrays(self) -> dict[str, Tensor]:
-        names = ("train_images", "train_labels", "test_images", "test_labels")
-        return {name: getattr(self.arrays, name) for name in names}
+        images = {f"{split}_images": self.arrays.images(split) for split in self.arrays.splits}
+        return images | {f"{split}_labels": self.arrays.labels(split) for split in self.arrays.splits}
 
     def view_records(self, epochs: int) -> Tensor:
         """List the records of the view store that a training of this many epochs reads, [R] int64, each once."""
@@ -130,7 +129,9 @@ class ArrayData(ImageData):
         """The number of images in `val` and `test` that are also training images, pixel for pixel."""
         train = _hashes(self.arrays.train_images)
         seen = {train[row] for row in self.train_index.tolist()}
-        splits = {"val": [train[row] for row in self.val_index.tolist()], "test": _hashes(self.arrays.test_images)}
+        own = self.arrays.val_images
+        val = [train[row] for row in self.val_index.tolist()] if own is None else _hashes(own)
+        splits = {"val": val, "test": _hashes(self.arrays.test_images)}
         return {split: sum(image in seen for image in images) for split, images in splits.items() if images}
 
     @property

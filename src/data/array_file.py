@@ -12,15 +12,21 @@ Required arrays, for N training images and M test images of H x W pixels and C c
 
 Optional arrays:
 
+    val_images               uint8    [V, H, W, 3]  a validation split, which is scored after each epoch
+    val_labels               integer  [V]           with val_images
     class_names              string   [C]  in the order of the class numbers, at least 2
     superclass_names         string   [S]  for data whose classes are grouped into S superclasses
     train_superclass_labels  integer  [N]  the superclass number of each image, 0 .. S - 1
 
-- Each split needs at least one image, and each image exactly one label. Labels may have any integer type. One-hot and
-  soft labels are refused.
+- Each split needs at least one image, and each image exactly one label. Labels may have any integer type, and the shape
+  [N, 1] too. One-hot and soft labels are refused.
+- Grey images [N, H, W] or [N, H, W, 1] become RGB. Channels may also come first: [N, 3, H, W] or [N, 1, H, W].
+- Labels that run from 1 to C, without a gap and with C class names or none, are shifted to 0 .. C - 1.
+- Class names may repeat: a class is identified by its number.
 - Without `class_names`, the classes are called "0", "1", ... up to the largest training label.
 - Superclasses need both of their arrays. All images of a class must have the same superclass.
-- Arrays of other names are allowed and have no effect, such as `test_superclass_labels` in the file of CIFAR-100.
+- Arrays of other names are allowed and have no effect, such as `test_superclass_labels` in the file of CIFAR-100. What
+  has been converted or is left unread is said in the log.
 - `numpy.savez` and `numpy.savez_compressed` both write the format. The digest of the content is the same for both, and
   for any order of the arrays.
 
@@ -42,10 +48,14 @@ import torch
 from torch import Tensor
 
 from src.common.errors import UserError
-from src.common.files import atomic_write, list_members
-from src.data.source import Source
+from src.common.files import atomic_write, describe_foreign, list_members
+from src.data.source import Source, Split
 
 REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+KNOWN = {
+    *REQUIRED, "val_images", "val_labels", "class_names", "superclass_names",
+    *(f"{split}_superclass_labels" for split in ("train", "val", "test")),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +66,15 @@ class ImageArrays(Source):
     """[N, 3, H, W] uint8."""
     test_images: Tensor
     """[M, 3, H, W] uint8."""
+    val_images: Tensor | None = None
+    """[V, 3, H, W] uint8, with `val_labels`."""
+
+    def images(self, split: Split) -> Tensor:
+        """Return the images of a split. Held-out images are among the training images."""
+        if split == "val":
+            assert self.val_images is not None
+            return self.val_images
+        return self.test_images if split == "test" else self.train_images
 
 
 def load_arrays(path: Path) -> ImageArrays:
@@ -77,37 +96,77 @@ def load_arrays(path: Path) -> ImageArrays:
             raise UserError(
                 f"{path} holds pickled objects, which could execute code when read: save plain arrays instead."
             ) from None
+        if foreign := describe_foreign(path):
+            raise UserError(f"{path} is not an .npz file, but {foreign}.") from None
         raise UserError(f"{path} is damaged, or is not an .npz file ({error}): get the file again.") from None
     return _validated(path, arrays, digest)
 
 
 def _validated(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageArrays:
     _check_members(path, arrays)
-    labels = {split: arrays[f"{split}_labels"] for split in ("train", "test")}
+    splits = ["train", "test", *(["val"] if "val_images" in arrays else [])]
+    arrays, notes = _usual_shapes(arrays, splits)
+    labels = {split: arrays[f"{split}_labels"] for split in splits}
     names = _class_names(path, arrays, labels["train"])
-    for split in labels:
+    if _labels_start_at_1(list(labels.values()), arrays.get("class_names")):
+        labels = {split: each.astype(np.int64) - 1 for split, each in labels.items()}
+        names = names if "class_names" in arrays else names[1:]
+        digest = hashlib.sha256(f"{digest} from 1".encode()).hexdigest()  # version 0.1 added an empty class
+        notes.append(f"The labels of {path} run from 1 to {len(names)}, and are shifted to 0 to {len(names) - 1}.")
+    for split in splits:
         _check_split(path, split, arrays[f"{split}_images"], labels[split], len(names))
-    train_size, test_size = (arrays[f"{split}_images"].shape[1:3] for split in ("train", "test"))
-    if train_size != test_size:
-        raise UserError(
-            f"{path}: training images have the size {list(train_size)} and test images {list(test_size)}: "
-            "resize all images to one size."
-        )
+    _check_sizes(path, {split: arrays[f"{split}_images"] for split in splits})
     superclasses = _superclass_of_classes(path, arrays, labels["train"], len(names))
+    if unread := sorted(set(arrays) - KNOWN):
+        notes.append(f"Arrays of {path} that are left unread: {', '.join(unread)}.")
+    tensors = {f"{split}_images": _tensor(arrays[f"{split}_images"]) for split in splits}
     return ImageArrays(
-        train_images=torch.from_numpy(arrays["train_images"]).permute(0, 3, 1, 2),
-        train_labels=torch.from_numpy(labels["train"].astype(np.int64)),
-        test_images=torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2),
-        test_labels=torch.from_numpy(labels["test"].astype(np.int64)),
+        **tensors,
+        **{f"{split}_labels": torch.from_numpy(labels[split].astype(np.int64)) for split in splits},
         class_names=tuple(str(name) for name in names),
         superclass_names=tuple(str(name) for name in arrays["superclass_names"]) if superclasses else None,
         superclass_of=superclasses,
         digest=digest,
+        places={split: f"{split}_images" for split in splits} if "val" in splits else {},
+        notes=tuple(notes),
     )
 
 
+def _usual_shapes(arrays: dict[str, np.ndarray], splits: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Convert images to [N, H, W, 3] and labels to [N] where the shape leaves no doubt. Says what was converted."""
+    usual, notes = dict(arrays), []
+    for split in splits:
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
+            images = images.transpose(0, 2, 3, 1)
+            notes.append(f"{split}_images have their channels first, and are transposed.")
+        if images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 1):
+            images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
+            notes.append(f"{split}_images are grey, and become RGB.")
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+            notes.append(f"{split}_labels have the shape [N, 1], and are read as [N].")
+        usual |= {f"{split}_images": images, f"{split}_labels": labels}
+    return usual, notes
+
+
+def _labels_start_at_1(labels: list[np.ndarray], class_names: np.ndarray | None) -> bool:
+    """Return whether labels run from 1 to the number of classes, and can mean nothing else."""
+    if not all(each.ndim == 1 and each.dtype.kind in "ui" and each.size for each in labels):
+        return False
+    found = np.unique(np.concatenate([np.unique(each) for each in labels]))
+    gapless = found[0] == 1 and found[-1] == len(found) > 1
+    return bool(gapless and np.isin(found, labels[0]).all() and (class_names is None or len(class_names) == len(found)))
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 def _check_members(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    if missing := [name for name in REQUIRED if name not in arrays]:
+    pairs = ("val_images", "val_labels")
+    required = REQUIRED + (pairs if any(name in arrays for name in pairs) else ())
+    if missing := [name for name in required if name not in arrays]:
         raise UserError(f"{path} has no array {', '.join(missing)}: see docs/data.md for the format.")
     # numpy returns the bytes of a member that does not hold an array
     if no_arrays := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
@@ -144,6 +203,15 @@ def _check_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray,
         raise UserError(
             f"{path}: {split}_labels range from {labels.min()} to {labels.max()}, but the {classes} classes are "
             f"numbered from 0 to {classes - 1}: correct the labels or class_names."
+        )
+
+
+def _check_sizes(path: Path, images: dict[str, np.ndarray]) -> None:
+    sizes = {split: list(each.shape[1:3]) for split, each in images.items()}
+    if other := [split for split, size in sizes.items() if size != sizes["train"]]:
+        raise UserError(
+            f"{path}: training images have the size {sizes['train']} and {other[0]}_images {sizes[other[0]]}: "
+            "resize all images to one size."
         )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from src.common.errors import UserError
-from src.data.image_data import ImageData, Reader, Samples, Share, Split
-from src.data.photos import SUFFIXES, Photo, centre, crop_and_resize, reduction
-from src.data.source import Source
+from src.data.image_data import ImageData, Reader, Samples, Share
+from src.data.photo_check import check_photos, describe_unreadable
+from src.data.photo_folders import Listing, check_classes, list_photos, listing_digest, split_folders, unread_notes
+from src.data.photos import Photo, centre, crop_and_resize, reduction
+from src.data.source import Source, Split
 from src.data.views import FIRST_VIEW, random_bits, resized_crop_boxes
 
 RATIO = (3 / 4, 4 / 3)
@@ -140,10 +142,13 @@ def _empty_images(count: int, size: int) -> tuple[Tensor, np.ndarray]:
 
 
 class FolderData(ImageData):
-    """Photos in the folders `root`/train/<class>/... and `root`/val/<class>/...
+    """Photos in the folders `root`/train/<class>/... and `root`/val/<class>/..., or test/ instead of val/.
 
-    Test photos may also be in `root`/test/<class>/..., which takes precedence over val/. A class is named after its
-    folder, which may contain further folders.
+    With val/ and test/, val/ is the validation split. `train_folder`, `val_folder` and `test_folder` name other folders
+    in `root`. A class is named after its folder, which may contain further folders.
+
+    Each photo is decoded once before training. The result is kept in the folder `cache`. With `skip_corrupt`, photos
+    that cannot be read are left out.
 
     Training: a random crop that covers a share of the area within `scale`, resized to `image_size`. With `flip`, half
     of the crops are mirrored. Evaluation: the short side is resized to `resize`, then the central `image_size` x
@@ -151,6 +156,7 @@ class FolderData(ImageData):
     """
 
     evaluation_batch_size = 100
+    how_to_ignore_val = ", or set data.test_folder to leave them unread"
     photos: dict[Split, Photos]
     files_digest: str
 
@@ -164,10 +170,17 @@ class FolderData(ImageData):
         flip: bool,
         mean: Sequence[float],
         std: Sequence[float],
+        train_folder: str | None = None,
+        val_folder: str | None = None,
+        test_folder: str | None = None,
+        skip_corrupt: bool = False,
+        cache: str = "~/.cache/aekt",
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.root = root
+        self.root, self.cache = root, cache
+        self.train_folder, self.val_folder, self.test_folder = train_folder, val_folder, test_folder
+        self.skip_corrupt = skip_corrupt
         self.image_size, self.resize, self.scale, self.flip = image_size, resize, (scale[0], scale[1]), flip
         self.mean, self.std = mean, std
 
@@ -189,23 +202,37 @@ class FolderData(ImageData):
         super().load()
 
     def read(self) -> Source:
-        """List the files.
+        """List the files, and check that all photos can be read.
 
-        `files_digest` covers their names and sizes, but not their contents: reading the contents would take as
-        long as an epoch. Raises `UserError` if folders are missing or empty, or the splits have different classes.
+        Raises `UserError` if folders are missing or empty, if the splits have different classes, or if photos cannot be
+        read and are not to be skipped.
         """
         root = Path(self.root).expanduser()
-        train, test = _split_folders(root)
-        listed = {folder: _listed(folder) for folder in (train, test)}
-        _check_classes(train, listed[train], test, listed[test])
-        self.photos = {"train": _photos(train, listed[train]), "test": _photos(test, listed[test])}
-        self.photos["val"] = self.photos["train"]
-        self.files_digest = hashlib.sha256(repr([listed[train], listed[test]]).encode()).hexdigest()
+        folders = split_folders(root, self.train_folder, self.val_folder, self.test_folder)
+        listings = {split: list_photos(folder) for split, folder in folders.items()}
+        check_classes(listings)
+        found = check_photos(root, listings, self.workers, Path(self.cache).expanduser())
+        described = describe_unreadable(found, sum(len(listing.files) for listing in listings.values()))
+        if found.unreadable and not self.skip_corrupt:
+            raise UserError(
+                f"In data.root={root}, {described}. Repair or remove them, or set data.skip_corrupt=true to leave them "
+                "out."
+            )
+        notes = [*unread_notes(root, listings), *([f"Left out of {root}: {described}."] if found.unreadable else [])]
+        unreadable = {root / name for name in found.unreadable}
+        listings = {split: listing.without(unreadable) for split, listing in listings.items()}
+        check_classes(listings)
+        self.photos = {split: _photos(listing) for split, listing in listings.items()}  # type: ignore[misc]
+        self.photos["held_out"] = self.photos["train"]
+        self.files_digest = listing_digest(listings, found.adjusted)
         return Source(
-            train_labels=_labels(listed[train]),
-            test_labels=_labels(listed[test]),
-            class_names=tuple(listed[train]),
+            train_labels=_labels(listings["train"]),
+            val_labels=_labels(listings["val"]) if "val" in listings else None,
+            test_labels=_labels(listings["test"]),
+            class_names=tuple(listings["train"].classes),
             digest=self.digest(),
+            places={split: f"{folder}{os.sep}" for split, folder in folders.items()},
+            notes=tuple(notes),
         )
 
     def digest(self) -> str:
@@ -213,8 +240,8 @@ class FolderData(ImageData):
         return hashlib.sha256(f"{self.files_digest} {self.resize} {self.image_size}".encode()).hexdigest()
 
     def reader(self, split: Split, index: Tensor | None = None) -> Reader:
-        """Return a reader of random crops for `train`, and of central crops for `val` and `test`."""
-        labels = self.source.test_labels if split == "test" else self.source.train_labels
+        """Return a reader of random crops for `train`, and of central crops for the other splits."""
+        labels = self.source.labels(split)
         if split == "train":
             return TrainingReader(
                 self.photos[split],
@@ -240,70 +267,10 @@ class FolderData(ImageData):
         return 3, self.image_size, self.image_size
 
 
-Listed = dict[str, list[tuple[str, int]]]
-"""The photos of a split by class: relative path and size in bytes, all sorted."""
+def _labels(listing: Listing) -> Tensor:
+    return torch.repeat_interleave(torch.tensor([len(files) for files in listing.classes.values()]))
 
 
-def _split_folders(root: Path) -> tuple[Path, Path]:
-    """Return the folders of training and test photos."""
-    train = root / "train"
-    test = root / "test" if _folders(root / "test") else root / "val"  # ImageNet's test/ has no class folders
-    for folder in (train, test):
-        if not _folders(folder):
-            raise UserError(
-                f"There are no class folders in {folder}: arrange the photos in data.root={root} as train/<class>/... "
-                "and val/<class>/... (or test/ instead of val/)."
-            )
-    return train, test
-
-
-def _folders(folder: Path) -> list[str]:
-    """Return the sorted names of the folders in `folder`, without hidden folders. `folder` need not exist."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _listed(folder: Path) -> Listed:
-    try:
-        return {
-            name: sorted((file[len(str(folder)) + 1 :], size) for file, size in _files(str(folder / name)))
-            for name in _folders(folder)
-        }
-    except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}): repair or remove it.") from None
-
-
-def _files(folder: str) -> Iterator[tuple[str, int]]:
-    """List photos at any depth with their sizes. Hidden files are skipped: macOS leaves such files behind."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            yield entry.path, entry.stat().st_size
-
-
-def _check_classes(train: Path, train_listed: Listed, test: Path, test_listed: Listed) -> None:
-    for folder, listed in ((train, train_listed), (test, test_listed)):
-        if empty := [name for name, files in listed.items() if not files]:
-            raise UserError(
-                f"There are no photos in {folder / empty[0]} ({', '.join(sorted(SUFFIXES))}): "
-                "add some, or remove the folder."
-            )
-    for folder, other in ((train, test), (test, train)):
-        here, there = (train_listed, test_listed) if folder == train else (test_listed, train_listed)
-        if extra := sorted(here.keys() - there.keys()):
-            named = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
-            raise UserError(f"{folder} has classes that {other} lacks ({named}): both need the same class folders.")
-
-
-def _labels(listed: Listed) -> Tensor:
-    return torch.repeat_interleave(torch.tensor([len(files) for files in listed.values()]))
-
-
-def _photos(folder: Path, listed: Listed) -> FolderPhotos:
-    files = [file for of_class in listed.values() for file in of_class]
-    names = np.array([os.fsencode(name) for name, _ in files])
-    return FolderPhotos(str(folder), names, np.array([size for _, size in files]))
+def _photos(listing: Listing) -> FolderPhotos:
+    names = np.array([os.fsencode(file.name) for file in listing.files])
+    return FolderPhotos(str(listing.folder), names, np.array([file.size for file in listing.files]))

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.common.errors import UserError
-from src.data.source import Source
+from src.data.source import Source, Split, distinct_names
 from src.data.views import SPLIT_STREAM, epoch_order, random_bits
 
-Split = Literal["train", "val", "test"]
+PURPOSES = {"train": "training", "val": "validation", "test": "test"}
+"""What the images of a split are used for, in words."""
 
 
 class Samples(NamedTuple):
@@ -55,7 +56,8 @@ class EpochBatches(Sampler[Share]):
     """Sampler of batches of the positions 0 .. size - 1. Each device reads its share of each global batch.
 
     - With a `seed`, for training: the order is shuffled, as a function of (seed, epoch). The last batch is cut to a
-      multiple of the number of devices.
+      multiple of the number of devices. If it holds one image per device, it is part of the batch before, because batch
+      norm cannot train on a single image.
     - Without a `seed`, for evaluation: the order is kept. The devices together read each position exactly once. Batches
       have nearly equal sizes, so that all devices get the same number of batches.
 
@@ -89,31 +91,41 @@ class EpochBatches(Sampler[Share]):
         """Set the epoch. Lightning calls this method before each epoch."""
         self.epoch = epoch
 
+    @property
+    def merges(self) -> bool:
+        """Whether the last batch of training holds one image more for each device."""
+        remainder = self.size % self.batch_size // self.world_size
+        return self.seed is not None and remainder == 1 and self.size > self.batch_size > self.world_size
+
     def __len__(self) -> int:
-        kept = self.size - self.size % self.world_size if self.seed is not None else self.size
-        return -(-kept // self.batch_size)
+        if self.seed is None:
+            return -(-self.size // self.batch_size)
+        return -(-(self.size - self.size % self.world_size) // self.batch_size) - self.merges
 
     def __iter__(self) -> Iterator[Share]:
-        if self.seed is None:
-            order = torch.arange(self.size, device=self.device)
-        else:
-            order = epoch_order(self.seed, self.epoch, self.size, self.blocks, self.device)
-        rows = order if self.index is None else self.index[order]
-        batches = rows.split(self.batch_size) if self.seed is not None else rows.tensor_split(len(self))
-        for batch in batches[self.done if self.epoch == self.resumed else 0 :]:
-            if self.seed is not None:
-                batch = batch[: len(batch) - len(batch) % self.world_size]
+        for batch in self._batches()[self.done if self.epoch == self.resumed else 0 :]:
             share = batch[self.rank :: self.world_size]
             if len(share):
                 yield Share(self.epoch, share.tolist() if self.device is None else share.contiguous())
+
+    def _batches(self) -> Sequence[Tensor]:
+        """Return the global batches of the epoch."""
+        if self.seed is None:
+            order = torch.arange(self.size, device=self.device)
+            return (order if self.index is None else self.index[order]).tensor_split(len(self))
+        order = epoch_order(self.seed, self.epoch, self.size, self.blocks, self.device)
+        order = order[: self.size - self.size % self.world_size]
+        rows = order if self.index is None else self.index[order]
+        return rows.tensor_split([self.batch_size * number for number in range(1, len(self))])
 
 
 class ImageData(L.LightningDataModule):
     """A data module for images: splits, and batches for each device. Subclasses read and augment the images.
 
-    `val_size` training images are held out. Training then uses `train_size` of the rest, or all of them if it is None.
-    Both draws are stratified by class and depend on `split_seed` only. `batch_size` is the global batch size, over all
-    devices. `mean` and `std` are the student's normalisation. The method requests `views` views of each image.
+    `val_size` training images are held out, unless the data has a validation split of its own. Training then uses
+    `train_size` of the rest, or all of them if it is None. Both draws are stratified by class and depend on
+    `split_seed` only. `batch_size` is the global batch size, over all devices. `mean` and `std` are the student's
+    normalisation. The method requests `views` views of each image.
     """
 
     mean: Sequence[float]
@@ -150,7 +162,7 @@ class ImageData(L.LightningDataModule):
         raise NotImplementedError
 
     def reader(self, split: Split, index: Tensor | None = None) -> Reader:
-        """Return a reader of a split. For `val`, `index` selects the held-out images among the training images.
+        """Return a reader of a split. `index` selects and orders its images.
 
         A reader of `train` may augment images itself, or leave this to `augment`.
         """
@@ -190,6 +202,15 @@ class ImageData(L.LightningDataModule):
         """Read the labels and draw the splits. Raises `UserError` if the data is invalid or a size does not fit it."""
         self.source = self.read()
         labels = self.source.train_labels
+        if self.num_classes < 2:
+            (name,) = self.class_names
+            raise UserError(f"The data has one class only ({name}): add images of another class.")
+        if self.has_val_split and self.val_size:
+            where = self.source.places.get("val", "the data")
+            raise UserError(
+                f"data.val_size={self.val_size} holds training images out, but {where} has validation images already: "
+                f"set data.val_size=0 to use them{self.how_to_ignore_val}."
+            )
         self.val_index = stratified(labels, torch.arange(len(labels)), self.val_size, self.split_seed, "data.val_size")
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[self.val_index] = False
@@ -218,19 +239,34 @@ class ImageData(L.LightningDataModule):
 
     @property
     def superclasses(self) -> list[str] | None:
-        """The name of each class's superclass, or None if the data has no superclasses."""
+        """The name of each class's superclass, or None if the data has no superclasses.
+
+        Superclasses of the same name are told apart by their numbers.
+        """
         names, of = self.source.superclass_names, self.source.superclass_of
-        return [names[superclass] for superclass in of] if names and of else None
+        if not names or not of:
+            return None
+        distinct = distinct_names(names)
+        return [distinct[superclass] for superclass in of]
+
+    how_to_ignore_val = ""
+    """The end of a sentence: how the data's own validation split can be left unread."""
+
+    @property
+    def has_val_split(self) -> bool:
+        """Whether the data has a validation split of its own."""
+        return self.source.val_labels is not None
 
     @property
     def validates_on(self) -> Literal["val", "test"]:
-        """The split that is evaluated after each epoch: the test set if no training images are held out."""
-        return "val" if self.val_size else "test"
+        """The split that is evaluated after each epoch: the test set if there are no validation images."""
+        return "val" if self.split_size("val") else "test"
 
     @property
     def val_digest(self) -> str:
-        """Hash of the held-out positions, 8 hexadecimal digits."""
-        return hashlib.sha256(self.val_index.numpy().tobytes()).hexdigest()[:8]
+        """Hash of the held-out positions, or of the labels of the data's own validation split, 8 hexadecimal digits."""
+        decides = self.val_index if self.source.val_labels is None else self.source.val_labels
+        return hashlib.sha256(decides.numpy().tobytes()).hexdigest()[:8]
 
     @property
     def train_duplicates(self) -> dict[str, int] | None:
@@ -239,7 +275,25 @@ class ImageData(L.LightningDataModule):
 
     def split_size(self, split: str) -> int:
         """Return the number of images in `val` or `test`."""
-        return len(self.val_index if split == "val" else self.source.test_labels)
+        if split == "val":
+            return len(self.val_index if self.source.val_labels is None else self.source.val_labels)
+        return len(self.source.test_labels)
+
+    def notes(self, world_size: int = 1) -> list[str]:
+        """Return sentences for the log: what is used for what, and what has been converted, left out or left unread.
+
+        Raises `UserError` if the images are too few to train on with this number of devices.
+        """
+        validation, places = self.split_size("val"), {"val": "held out of them", **self.source.places}
+        sizes = {"train": len(self.train_index), "val": validation, "test": self.split_size("test")}
+        named = {split: f" ({places[split]})" if split in places else "" for split in sizes}
+        used = [f"{size:,} {PURPOSES[split]} images{named[split]}" for split, size in sizes.items() if size]
+        when = "once, at the end" if validation else "after each epoch"
+        notes = [f"Data: {', '.join(used)}. The test images are scored {when}.", *self.source.notes]
+        if self._training_batches(0, world_size).merges:
+            last = self.batch_size + world_size
+            notes.append(f"The last batch has {last} images, because batch norm cannot train on a rest of one image.")
+        return notes
 
     def setup(self, stage: str) -> None:
         """Start training at the first batch. A checkpoint that is restored later overrides this."""
@@ -262,15 +316,23 @@ class ImageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Samples]:
         """Return a loader of this device's share of the shuffled training batches.
 
-        Raises `UserError` if the batch size is not divisible by the number of devices.
+        Raises `UserError` if the batch size is not divisible by the number of devices, or if there are too few images.
         """
-        rank, world_size = self._rank_and_world_size()
+        return self._loader("train", None, self._training_batches(*self._rank_and_world_size()))
+
+    def _training_batches(self, rank: int, world_size: int) -> EpochBatches:
         if self.batch_size % world_size:
             raise UserError(
                 f"schedule.batch_size={self.batch_size} is the global batch size, which is not divisible by "
                 f"{world_size} devices: choose a multiple of {world_size}."
             )
-        batches = EpochBatches(
+        needed = min(self.batch_size, 2 * world_size)
+        if len(self.train_index) < needed:
+            raise UserError(
+                f"There are too few training images ({len(self.train_index)}), because batch norm needs two on each "
+                f"device: use at least {needed}, with more images or a higher data.train_size."
+            )
+        return EpochBatches(
             len(self.train_index),
             self.batch_size,
             seed=self.seed,
@@ -282,27 +344,33 @@ class ImageData(L.LightningDataModule):
             done=self.first_batch[1],
             device=self._storage(),
         )
-        return self._loader("train", None, batches)
 
     def val_dataloader(self) -> DataLoader[Samples]:
         """Return a loader of the split `validates_on`."""
-        return self.evaluation_loader(self.validates_on, *self._rank_and_world_size())
+        return self.evaluation_loader(self.validates_on, *self._rank_and_world_size(), self._storage())
 
     def test_dataloader(self) -> DataLoader[Samples]:
         """Return a loader of the test set."""
-        return self.evaluation_loader("test", *self._rank_and_world_size())
+        return self.evaluation_loader("test", *self._rank_and_world_size(), self._storage())
 
-    def evaluation_loader(self, split: str, rank: int = 0, world_size: int = 1) -> DataLoader[Samples]:
-        """Return a loader of `val` or `test`, in order. The devices together read each image exactly once."""
+    def evaluation_loader(
+        self, split: str, rank: int = 0, world_size: int = 1, device: torch.device | None = None
+    ) -> DataLoader[Samples]:
+        """Return a loader of `val` or `test`, in order. The devices together read each image exactly once.
+
+        With a `device`, the batches come from its memory.
+        """
         batches = EpochBatches(
             self.split_size(split),
             self.evaluation_batch_size,
             seed=None,
             rank=rank,
             world_size=world_size,
-            device=self._storage(),
+            device=device,
         )
-        return self._loader("val", self.val_index, batches) if split == "val" else self._loader("test", None, batches)
+        if split == "val" and not self.has_val_split:
+            return self._loader("held_out", self.val_index, batches)
+        return self._loader("val" if split == "val" else "test", None, batches)
 
     def test_images(self, positions: list[int]) -> Tensor:
         """Read the test images at `positions`: uint8 [N, 3, H, W]."""

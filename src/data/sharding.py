@@ -13,8 +13,8 @@ from rich.progress import track
 
 from src.common.errors import UserError
 from src.data.folder_data import FolderData, FolderPhotos
-from src.data.image_data import Split
-from src.data.stream_data import INDEX, shard_name
+from src.data.source import Split
+from src.data.stream_data import DECODING, INDEX, shard_name
 from src.data.views import epoch_order
 
 SHARD_BYTES = 64_000_000
@@ -31,19 +31,21 @@ def write_shards(data: FolderData, out: Path, shard_bytes: int = SHARD_BYTES) ->
     """
     if out.exists():
         raise UserError(f"out={out} exists already: choose another folder, or remove it.")
+    splits = data.source.splits
     index: dict[str, np.ndarray] = {
         "class_names": np.array(data.class_names),
         "digest": np.array(data.files_digest),
-        "train_labels": data.source.train_labels.numpy().astype(np.int32),
-        "test_labels": data.source.test_labels.numpy().astype(np.int32),
+        "decoding": np.array(DECODING),
+        **{f"{split}_labels": data.source.labels(split).numpy().astype(np.int32) for split in splits},
     }
-    orders = {"train": epoch_order(0, 0, len(index["train_labels"])), "test": torch.arange(len(index["test_labels"]))}
+    sizes = {split: len(index[f"{split}_labels"]) for split in splits}
+    orders = {split: epoch_order(0, 0, n) if split == "train" else torch.arange(n) for split, n in sizes.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         partial = Path(folder) / out.name
         partial.mkdir()
         for split, order in orders.items():
-            index |= _write_split(data, split, order.numpy(), partial, shard_bytes)  # type: ignore[arg-type]
+            index |= _write_split(data, split, order.numpy(), partial, shard_bytes)
         np.savez_compressed(partial / INDEX, **index)  # type: ignore[arg-type]
         partial.rename(out)
 

@@ -5,6 +5,7 @@ the folder. `index.npz` beside them lists the position of each photo. Labels and
 shard is fetched.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -24,9 +25,11 @@ from torch import Tensor
 from src.common.errors import UserError
 from src.common.files import list_members
 from src.data.folder_data import FolderData
-from src.data.source import Source
+from src.data.source import Source, Split
 
 INDEX = "index.npz"
+DECODING = 2
+"""How photos are decoded: 2 turns them by their EXIF orientation and scales more than 8 bits. Part of the index."""
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -163,17 +166,20 @@ class StreamData(FolderData):
     Only the order of training images differs: it runs through about 16 shards at a time.
     """
 
-    def __init__(self, *, cache: str = "~/.cache/aekt", cache_gigabytes: float = 100, **options: Any) -> None:
+    how_to_ignore_val = ""
+
+    def __init__(self, *, cache_gigabytes: float = 100, **options: Any) -> None:
         super().__init__(**options)
-        self.cache, self.cache_gigabytes = cache, cache_gigabytes
+        self.cache_gigabytes = cache_gigabytes
 
     def read(self) -> Source:
         """Read the index. Raises `UserError` if it is missing or inconsistent."""
         index = read_index(self.root)
         self.files_digest = str(index["digest"])
         cache = Path(self.cache).expanduser() / self.files_digest[:16]
-        train, test = (
-            ShardPhotos(
+        splits: tuple[Split, ...] = ("train", "test", "val") if "val_labels" in index else ("train", "test")
+        shards = {
+            split: ShardPhotos(
                 root=self.root.rstrip("/"),
                 split=split,
                 shards=index[f"{split}_shards"],
@@ -182,16 +188,20 @@ class StreamData(FolderData):
                 cache=cache,
                 cache_bytes=self.cache_gigabytes * 1e9,
             )
-            for split in ("train", "test")
-        )
-        held_out = replace(train, cache=None)  # they are few, from many shards: downloading whole shards would not pay
-        self.photos = {"train": train, "val": held_out, "test": test}
-        self.blocks = torch.from_numpy(train.shards.astype(np.int64))
+            for split in splits
+        }
+        # held-out photos are few, from many shards: downloading whole shards would not pay
+        self.photos = {**shards, "held_out": replace(shards["train"], cache=None)}
+        self.blocks = torch.from_numpy(shards["train"].shards.astype(np.int64))
+        if "decoding" not in index:  # nobody has looked whether photos have to be turned, so their pixels may be new
+            self.files_digest = hashlib.sha256(f"{self.files_digest} {DECODING}".encode()).hexdigest()
         return Source(
             train_labels=_labels(index["train_labels"]),
+            val_labels=_labels(index["val_labels"]) if "val" in shards else None,
             test_labels=_labels(index["test_labels"]),
             class_names=tuple(str(name) for name in index["class_names"]),
             digest=self.digest(),
+            places={split: f"{self.root.rstrip('/')}/{split}-*.tar" for split in splits},
         )
 
 
@@ -207,7 +217,8 @@ def read_index(root: str) -> dict[str, np.ndarray]:
 
     - `class_names`: strings [C].
     - `digest`: the hash of the converted folder's file list, a string.
-    - `<split>_<column>` for train and test and each of `COLUMNS`: integers [N], one per photo.
+    - `<split>_<column>` for train, test and perhaps val, and each of `COLUMNS`: integers [N], one per photo.
+    - `decoding`: `DECODING` at the time of the conversion. Shards of version 0.1 lack it.
 
     Raises `UserError` if the index is missing, damaged or inconsistent.
     """
@@ -229,7 +240,8 @@ def read_index(root: str) -> dict[str, np.ndarray]:
         ) from None
     # the digest names a folder of the cache: checking its form keeps an index from reaching other folders
     named = index.get("class_names", np.array(0)).ndim == 1 and re.fullmatch("[0-9a-f]{64}", str(index.get("digest")))
-    if not named or not all(_fits(index, split) for split in ("train", "test")):
+    splits = ("train", "test", *(("val",) if "val_labels" in index else ()))
+    if not named or not all(_fits(index, split) for split in splits):
         raise UserError(f"{root}/{INDEX} was not written by python -m src.convert: convert the photos again.")
     return index
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from src.common.markup import plain
 from src.config.names import method_name, serialization_name
 from src.data.imagenet import english_names
 from src.exporting.checking import Check
@@ -50,10 +51,10 @@ def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
 def model_card(file: Path, form: Form, metadata: Mapping[str, Any], check: Check) -> str:
     """Write the model card, in Markdown."""
     rows = {**_use_rows(file, form, metadata), **_accuracy_rows(form, metadata, check), **_origin_rows(metadata)}
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
     use = f"\n## Use\n\n    python -m src.predict {file.name} image.png\n" if form.format == "onnx" else ""
-    title = f"# {metadata['network']} for {metadata['data']['name']}\n\n"
-    names = _cell(", ".join(metadata["class_names"]))
+    title = f"# {plain(metadata['network'])} for {plain(metadata['data']['name'])}\n\n"
+    names = plain(", ".join(metadata["class_names"]))
     return f"{title}| | |\n|---|---|\n" + "\n".join(lines) + f"\n{use}\n## Classes\n\n{names}\n"
 
 
@@ -66,7 +67,7 @@ def _use_rows(file: Path, form: Form, metadata: Mapping[str, Any]) -> dict[str, 
     return {
         "file": f"`{file.name}`: {form.format}, {form.precision}, {file.stat().st_size:,} bytes, sha256 "
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}",
-        "network": metadata["network"] + (" (weights alone, named as in this project)" if weights_alone else ""),
+        "network": plain(metadata["network"]) + (" (weights alone, named as in this project)" if weights_alone else ""),
         "input": f"`images` [batch, 3, {height}, {width}], any batch size, RGB, {pixels}",
         "pictures": f"resized to cover {resize_width} x {resize_height} pixels, then cropped to the central {width} x "
         f"{height}",
@@ -85,17 +86,15 @@ def _accuracy_rows(form: Form, metadata: Mapping[str, Any], check: Check) -> dic
 
 
 def _origin_rows(metadata: Mapping[str, Any]) -> dict[str, str]:
-    rows = {"from": metadata["source"], "data": "{name} (digest {digest})".format(**metadata["data"])}
+    data = "{name} (digest {digest})".format(**metadata["data"])
+    rows = {"from": plain(metadata["source"]), "data": plain(data)}
     if metadata["method"]:
-        rows["trained by"] = "{method}, serialization {serialization}, seed {seed}".format(**metadata)
+        rows["trained by"] = plain("{method}, serialization {serialization}, seed {seed}".format(**metadata))
     if metadata["test"]:
         rows["trained by"] += ", {epochs} epochs of {train_images:,} images".format(**metadata)
     if teacher := metadata["teacher"]:
-        rows["teacher"] = f"{teacher['name']}, top-1 {100 * teacher['accuracy']:.2f} %, sha256 {teacher['sha256']}"
+        rows["teacher"] = (
+            f"{plain(teacher['name'])}, top-1 {100 * teacher['accuracy']:.2f} %, sha256 {teacher['sha256']}"
+        )
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in metadata["versions"].items())
     return rows
-
-
-def _cell(text: str) -> str:
-    """Escape text for a Markdown cell. Class names come from the data and may contain markup."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())

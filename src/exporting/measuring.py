@@ -155,6 +155,7 @@ def load_original_teacher(cfg: DictConfig, opened: Opened) -> Teacher | None:
     if facts is not None:
         is_library = facts.source == run_cfg.teacher.source
         run_cfg.teacher.path = cfg.teacher.path or (None if is_library else facts.source)
+        run_cfg.teacher.class_map = cfg.teacher.class_map or run_cfg.teacher.class_map
         _check_program_is_allowed(cfg, run_cfg)
     elif cfg.run or (cfg.teacher.path is None and cfg.teacher.source is None):
         return None

@@ -1,14 +1,9 @@
 """Reading and writing of checkpoints. Reading never executes code from the file.
 
-The checkpoints of these tools load unchanged:
-
-- RepDistiller and mdistiller: the weights are in `model`, beside epoch, accuracy, optimizer and options. Names may
-  start with `module.`, or with `module.student.` and `module.teacher.`.
-- DataParallel: the weights are in `state_dict`, and names start with `module.`.
-- torch.compile: names start with `_orig_mod.`.
-- Lightning: the weights are in `state_dict`, and names start with `student.`.
-- Bare state dicts.
-- This project: the weights are in `model`, beside facts about the network.
+The weights are found by the names of the network (`src/models/unwrapping.py`), so checkpoints of all usual tools load
+unchanged: of this project, RepDistiller, mdistiller, timm and Lightning; with names that DataParallel, torch.compile or
+a user's own module has put a prefix before; and bare state dicts. Objects that lie beside the weights become inert
+stubs (`src/models/unpickling.py`).
 """
 
 import contextlib
@@ -16,10 +11,8 @@ import hashlib
 import io
 import pickle
 import pickletools
-import re
-import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import UserError
-from src.common.files import atomic_write, list_members
+from src.common.files import atomic_write, describe_foreign, list_members
 from src.models.network import Network
+from src.models.unpickling import load_plain, load_with_stubs, refused_name
+from src.models.unwrapping import Candidate, find_weights, state_dicts
 
-
-class _Ignored:
-    """Placeholder for an object that a published checkpoint holds beside its weights. The real one is never built."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-
-IGNORED: list[Any] = [
-    (_Ignored, name)
-    for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-]
-"""Types that `_Ignored` replaces, in the form that `torch.serialization.safe_globals` takes."""
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that a wrapper puts before every name of a state dict."""
 PROGRAM_MEMBERS = ("constants.pkl", "archive_format", "serialized_exported_program.json")
@@ -52,45 +32,71 @@ PROGRAM_MEMBERS = ("constants.pkl", "archive_format", "serialized_exported_progr
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint: tensors on the CPU, by name, without the prefixes of wrappers.
+    """Read the weights of a checkpoint without a network to compare them with: tensors on the CPU, by name.
 
-    If a checkpoint holds a student among other modules, only the student is returned. Raises `UserError` if the file
-    is missing or damaged, is a program, could execute code, or holds no weights.
+    Of several dicts with weights, `model` comes first, then `state_dict`, then the one with the most tensors. The
+    prefixes of wrappers are removed. If a checkpoint holds a student among other modules, only the student is returned.
+    Raises `UserError` if the file is missing or damaged, is a program, could execute code, or holds no weights.
     """
-    content = read_file(path, ignored=IGNORED)
+    content, stubs = _read_with_stubs(path)
+    found = dict(state_dicts(content))
+    if not found:
+        raise _no_weights(path, content, stubs)
+    usual = next((place for place in (("model",), ("state_dict",), ()) if place in found), None)
+    place = max(found, key=lambda place: len(found[place])) if usual is None else usual
+    return _without_prefixes(found[place])
+
+
+def _no_weights(path: Path, content: Any, stubs: list[str]) -> UserError:
+    if stubs and not isinstance(content, dict):
+        return _could_execute(path, stubs[0])
     for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    named = content if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in named.items() if isinstance(name, str) and _is_weight(value)}
-    if not tensors:
-        found = f"a dict of {', '.join(map(repr, list(named)[:5]))}" if named else f"a {type(content).__name__}"
-        raise UserError(f"{path} holds {found} but no weights: give a file that holds a state dict.")
-    return _without_prefixes(tensors)
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    filled = isinstance(content, dict) and content
+    found = f"a dict of {', '.join(map(repr, list(content)[:5]))}" if filled else f"a {type(content).__name__}"
+    return UserError(f"{path} holds {found} but no weights: give a file that holds a state dict.")
 
 
-def read_facts(path: Path) -> dict[str, list[Any]]:
-    """Read the facts that this project's checkpoints hold beside the weights: `class_names`, `mean` and `std`.
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read the facts that this project's checkpoints hold beside the weights.
 
-    Missing and malformed facts are left out. Raises `UserError` if the file is missing or damaged, is a program, or
-    could execute code.
+    These are the lists `class_names`, `mean` and `std`, and `data`, the digest of the data. Missing and malformed facts
+    are left out. Raises `UserError` if the file is missing or damaged, is a program, or could execute code.
     """
-    content = read_file(path, ignored=IGNORED)
+    content, _ = _read_with_stubs(path)
     found = content if isinstance(content, dict) and isinstance(content.get("model"), dict) else {}
-    facts = {}
+    facts: dict[str, Any] = {}
     for name, kind, count in (("class_names", str, None), ("mean", float, 3), ("std", float, 3)):
         values: Any = found.get(name)
         fits = isinstance(values, list) and all(isinstance(value, kind) for value in values)
         if fits and len(values) == (count or len(values)) > 0:
             facts[name] = values
+    if isinstance(found.get("data"), str):
+        facts["data"] = found["data"]
     return facts
 
 
-def read_file(path: Path, hint: str = "get the file again", ignored: Sequence[Any] = ()) -> Any:
-    """Read a file that torch.save wrote: tensors on the CPU, and plain types.
+def read_file(path: Path, hint: str = "get the file again") -> Any:
+    """Read a file that torch.save wrote and that holds nothing but tensors, on the CPU, and plain types.
 
-    `ignored` lists further types that may occur, with their replacements (see `IGNORED`). Raises `UserError` if the
-    file is missing or damaged, is a program, or could execute code. `hint` is the advice for a damaged file.
+    Raises `UserError` if the file is missing or damaged, is a program, or could execute code. `hint` is the advice for
+    a damaged file.
+    """
+    with _report_unreadable(path, hint):
+        return load_plain(path)
+
+
+def _read_with_stubs(path: Path) -> tuple[Any, list[str]]:
+    """Read a file of any tool. Returns the content, and the names of the objects in it that became inert stubs."""
+    with _report_unreadable(path):
+        return load_with_stubs(path)
+
+
+@contextlib.contextmanager
+def _report_unreadable(path: Path, hint: str | None = None) -> Iterator[None]:
+    """Raise `UserError` if a file is no checkpoint, or if reading it in the block raises an error.
+
+    `hint` is the advice for a damaged file. A file without one comes from a user, who may have taken the wrong file.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the path of a checkpoint file in it.")
@@ -99,22 +105,26 @@ def read_file(path: Path, hint: str = "get the file again", ignored: Sequence[An
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        with torch.serialization.safe_globals(list(ignored)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of old pickle protocols; errors are reported below
-            return torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except UserError:
         raise
     except PermissionError as error:
         raise UserError(f"{path} cannot be read, because you lack the permission: change its permissions.") from error
     except Exception as error:  # a damaged file can raise any exception of the zip and pickle readers
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        imported = refused[1] if refused else _first_import(path)
-        if imported:
-            raise UserError(
-                f"{path} asks for {imported}, which could execute code, and is refused: give a file that holds only a "
-                "state dict."
-            ) from error
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint}.") from error
+        if hint is None and (foreign := describe_foreign(path)):
+            raise UserError(f"{path} is not a checkpoint, but {foreign}.") from error
+        refused = refused_name(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if imported := refused or _first_import(path):
+            raise _could_execute(path, imported) from error
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({type(error).__name__}): {hint or 'get the file again'}."
+        ) from error
+
+
+def _could_execute(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path} asks for {name}, which could execute code, and is refused: give a file that holds only a state dict."
+    )
 
 
 def _check_archive(path: Path) -> None:
@@ -149,13 +159,6 @@ def _first_import(path: Path) -> str | None:
     return None
 
 
-def _is_weight(value: object) -> bool:
-    """Return whether `value` is a dense tensor of a usual dtype. Files can hold sparse, quantised or nested ones."""
-    if not isinstance(value, Tensor) or value.dtype not in DTYPES or value.is_nested:
-        return False
-    return value.layout is torch.strided and value.device.type == "cpu"
-
-
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes of wrappers from all names. If some names start with `student.`, keep only those."""
     while True:
@@ -167,43 +170,57 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def load_weights(network: Network, path: Path) -> None:
-    """Load the weights of a checkpoint into a network. Names must match exactly. Dtypes become the network's.
+OTHER_CLASSES = "give a checkpoint of a network with the same classes"
 
-    Raises `UserError` if the number of classes, a name or a shape differs, if a weight is not finite, or if
-    `read_state_dict` raises it. The network is then unchanged.
+
+def load_weights(network: Network, path: Path, *, new_head: bool = False, other_classes: str = OTHER_CLASSES) -> None:
+    """Load the weights of a checkpoint into a network. Names and shapes must match. Dtypes become the network's.
+
+    With `new_head`, the network keeps its own classifier. `other_classes` is the advice for a file of another number of
+    classes. Raises `UserError` if that number, a name or a shape differs, if a weight is not finite, or if the file is
+    unreadable. The network is then unchanged.
     """
-    tensors = read_state_dict(path)
     expected = network.state_dict()
-    head = next(name for name, value in network.named_parameters() if value is network.classifier_layer.weight)
-    classes, inputs = expected[head].shape
-    found = list(tensors[head].shape) if head in tensors else []
-    if found[1:] == [inputs] and found[0] != classes:
-        raise UserError(
-            f"{path} was trained on {found[0]} classes, but the network has {classes}: give a checkpoint of a network "
-            "with the same classes."
-        )
-    differences = _differences(expected, tensors)
-    if differences:
-        summary = f"{len(differences)} names or shapes differ, the first: {differences[0]}"
-        raise UserError(f"{path} does not hold {_describe(network)} ({summary}): choose the architecture of the file.")
-    tensors = {name: value.to(expected[name].dtype) for name, value in tensors.items()}
+    content, stubs = _read_with_stubs(path)
+    kept = classifier_names(network) if new_head else []
+    found = find_weights(content, expected, path, without=kept)
+    if found is None and not any(state_dicts(content)):
+        raise _no_weights(path, content, stubs)
+    fitting = _refuse_misfit(network, path, found, other_classes)
+    tensors = {name: value.to(expected[name].dtype) for name, value in fitting.tensors.items()}
     bad = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
         raise UserError(f"{path} holds NaN or infinite weights, the first in {bad}: give another checkpoint.")
-    network.load_state_dict(tensors)
+    network.load_state_dict({name: expected[name] for name in kept} | tensors)
 
 
-def _differences(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    """Describe each name that is missing, unknown or has another shape, in the network's order."""
-    wrong = []
-    for name, value in expected.items():
-        # Files of 2019 lack the counters of batch norm. load_state_dict fills them in.
-        if name not in tensors and not name.endswith("num_batches_tracked"):
-            wrong.append(f"{name} is missing")
-        elif name in tensors and tensors[name].shape != value.shape:
-            wrong.append(f"{name} is {list(tensors[name].shape)} instead of {list(value.shape)}")
-    return wrong + [f"{name!r} is unknown" for name in tensors if name not in expected]
+def classifier_names(network: Network) -> list[str]:
+    """List the names of the parameters of a network's classifier, the weight first."""
+    layer = list(network.classifier_layer.parameters())
+    names = {id(value): name for name, value in network.named_parameters()}
+    return [names[id(value)] for value in layer]
+
+
+def _refuse_misfit(network: Network, path: Path, found: Candidate | None, other_classes: str) -> Candidate:
+    """Return the best candidate of a file. Raises `UserError` if it does not fit the network."""
+    if found is not None and not found.differences:
+        return found
+    tensors = found.tensors if found else {}
+    head, *_ = classifier_names(network)
+    classes, inputs = network.state_dict()[head].shape
+    shape = list(tensors[head].shape) if head in tensors else []
+    if shape[1:] == [inputs] and shape[0] != classes:
+        raise UserError(f"{path} was trained on {shape[0]} classes, but the network has {classes}: {other_classes}.")
+    if found is None:
+        raise UserError(
+            f"{path} does not hold {_describe(network)} (no name fits): choose the architecture of the file."
+        )
+    after = f", after the prefix {found.prefix!r}" if found.prefix else ""
+    count = len(found.differences)
+    summary = f"{count} names or shapes differ{after}, the first: {found.differences[0]}"
+    rename = "give all its names one prefix"
+    advice = rename if found.is_scattered else "choose the architecture of the file"
+    raise UserError(f"{path} does not hold {_describe(network)} ({summary}): {advice}.")
 
 
 def _describe(network: nn.Module) -> str:

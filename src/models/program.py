@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import UserError
+from src.common.files import describe_foreign
 from src.models.network import Network, Output
 
 
@@ -84,5 +85,7 @@ def load_program(path: Path) -> Program:
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise any exception of the zip, JSON and code readers
+        if not zipfile.is_zipfile(path) and (foreign := describe_foreign(path)):
+            raise UserError(f"{path} is not a program, but {foreign}.") from error
         raise UserError(f"{path} is damaged or not a program ({type(error).__name__}): get the file again.") from error
     return Program(program, hashlib.sha256(content).digest())

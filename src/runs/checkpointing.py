@@ -19,7 +19,8 @@ from src.common.errors import UserError
 from src.common.files import atomic_write
 from src.models.checkpoints import read_file, serialize
 from src.runs.result import START_OVER
-from src.runs.signals import SIGNALS
+from src.runs.signals import SIGNALS, leave_closed_terminal
+from src.runs.time_budget import OutOfTime, TimeBudget
 
 log = logging.getLogger(__name__)
 
@@ -92,18 +93,22 @@ class Checkpoints(Checkpoint):
     """Save after every epoch, within an epoch after every `minutes`, and when a signal asks the run to end.
 
     A signal takes effect at the end of its batch. The run is saved, and then the earlier signal handler is called: the
-    handler of `stop_on_signal` or of a cluster launcher. No checkpoint is saved after the last batch of an epoch,
-    because the evaluation and the epoch's own checkpoint follow.
+    handler of `stop_on_signal` or of a cluster launcher. The end of the time budget takes effect in the same way: the
+    run is saved, and `OutOfTime` is raised. No checkpoint is saved after the last batch of an epoch, because the
+    evaluation and the epoch's own checkpoint follow.
 
     Several devices decide together. For this they wait for each other, every `check_every` steps (see
     `steps_between_waits`).
     """
 
-    def __init__(self, folder: Path, minutes: float, check_every: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, minutes: float, check_every: int | None = None, budget: TimeBudget | None = None
+    ) -> None:
         self.file = checkpoint_file(folder)
         self.interval = timedelta(minutes=minutes).total_seconds()
         self.saved = time.monotonic()
         self.check_every = check_every
+        self.budget = budget or TimeBudget()
         self.received: int | None = None
         self.started = False
         self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -119,8 +124,10 @@ class Checkpoints(Checkpoint):
         epoch_loop._broadcast_sigterm_tensor = _do_nothing
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number:  # a second signal does not wait for the end of the batch
+        # A second signal does not wait for the end of the batch. If a terminal closes, shell and system send one each.
+        if self.received == number and signal.Signals(number).name != "SIGHUP":
             self._end(number, frame)
+        leave_closed_terminal()
         self.received = number
 
     def _end(self, number: int, frame: FrameType | None) -> None:
@@ -134,21 +141,26 @@ class Checkpoints(Checkpoint):
         """Save if a signal has arrived or the interval is over."""
         if trainer.world_size > 1 and (batch_idx + 1) % steps_between_waits(trainer, self.check_every):
             return
-        due = self.received is not None or time.monotonic() - self.saved >= self.interval
+        due = self.received is not None or self.budget.is_over or time.monotonic() - self.saved >= self.interval
         due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._save(trainer)
             self._end_together(trainer)
 
-    def _end_together(self, trainer: Trainer) -> None:
+    def _end_together(self, trainer: Trainer, is_last_epoch: bool = False) -> None:
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             number, self.received = self.received or signal.SIGTERM, None
             self._end(number, None)
+        if is_last_epoch or not self.budget.is_limited:
+            return
+        if trainer.strategy.reduce_boolean_decision(self.budget.is_over, all=False):
+            raise OutOfTime
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save after the epoch."""
+        """Save after the epoch. A run that has trained its last epoch does not end here."""
         self._save(trainer)
-        self._end_together(trainer)
+        is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        self._end_together(trainer, is_last_epoch=is_last)
 
     def _save(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

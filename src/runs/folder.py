@@ -98,6 +98,12 @@ class RunFolder:
                 "runs=... to keep both."
             )
 
+    def data_digest(self) -> str | None:
+        """Read the digest of the data that an earlier run in this folder was made with. None without a run.json."""
+        if not self.record_file.is_file():
+            return None
+        return read_record(RunRecord, self.record_file).fingerprints.data
+
     def fail(self, error: Exception) -> None:
         """Write the error's message to failure.txt, for reports. The same command still resumes the run."""
         with suppress(OSError):  # a full disk may have ended the run

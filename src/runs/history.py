@@ -18,9 +18,9 @@ FILE = "metrics.csv"
 class History(Callback):
     """Write `metrics.csv`, and one line per epoch to the log. The rows are part of the checkpoint.
 
-    `data_wait` is the share of the time of an epoch's training steps in which a step waits for its batch: until it is
-    read, on the device, and augmented. The term log, which provides the means of the loss, must come before this
-    callback.
+    `data_wait` is the share of an epoch's training time between the end of a step and the start of the next one. The
+    host reads the next batch then. A GPU may still compute. The term log, which provides the means of the loss, must
+    come before this callback.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from src.common.files import file_digest
 from src.common.secrecy import plain_config
 from src.config.names import method_name, needs_teacher, serialization_name
 from src.config.schema import (
     MethodOptions,
     NetworkOptions,
+    StudentOptions,
     TeacherOptions,
     TrainerOptions,
     TrainOptions,
@@ -37,12 +39,35 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             decides["model"][role] = _without_marked(network, NetworkOptions)
     if decides["trainer"].get("sync_batchnorm"):  # with it, several devices compute the same as one device
         del decides["trainer"]["sync_batchnorm"]
-    if decides["tf32"]:  # torch's default, and that of the runs before this option existed
+    if decides["tf32"] is True:  # torch's default, and that of the runs before this option existed
         del decides["tf32"]
+    for folder in ("train_folder", "val_folder", "test_folder"):
+        if decides["data"].get(folder) is None:  # as in the runs before these options existed
+            decides["data"].pop(folder, None)
+    if not decides["student"].get("new_head"):  # as in the runs before this option existed
+        decides["student"].pop("new_head", None)
+    if decides["teacher"].get("class_map") is None:  # as in the runs before this option existed
+        decides["teacher"].pop("class_map", None)
     if not needs_teacher(cfg):
         decides["model"] = {"student": decides["model"]["student"]}
         del decides["teacher"]
+    for group, options in (("teacher", TeacherOptions), ("student", StudentOptions)):
+        for option in set(marked(options, "by_content")) & decides.get(group, {}).keys():
+            decides[group][option] = _content(cfg[group][option], decides[group][option])
     return decides
+
+
+def _content(path: str | None, name: str | None) -> str | None:
+    """Return the digest of a file, so that a copy of it is the same setting.
+
+    Returns `name`, the path without secrets, for a file that cannot be read: whoever opens it reports that.
+    """
+    if path is None:
+        return None
+    try:
+        return f"sha256:{file_digest(Path(path).expanduser())[:16]}"
+    except OSError:
+        return name
 
 
 def _without_marked(options: Any, schema: type) -> Any:

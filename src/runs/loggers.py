@@ -2,24 +2,109 @@
 
 import logging
 import os
+import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import wandb
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[attr-defined]
+from pydantic import AfterValidator
 
 log = logging.getLogger(__name__)
 
+LONGEST_NAME = 128
+"""Characters that W&B allows in the name of a project, a group, a run's id or an artifact."""
 
-def wandb_logger(folder: Path, project: str) -> WandbLogger:
+
+def _check_project(project: str) -> str:
+    if not 0 < len(project) <= LONGEST_NAME or re.search(r"[/\\#?%:]", project):
+        raise ValueError(f"give 1 to {LONGEST_NAME} characters, without / \\ # ? % and :, which W&B does not allow")
+    return project
+
+
+class ForgivingLogger(Logger):
+    """A logger around another one. If that one fails, it warns once and is silent from then on. Training goes on."""
+
+    def __init__(self, inner: Logger) -> None:
+        super().__init__()
+        self.inner, self.has_failed = inner, False
+
+    def _try(self, act: Callable[[], Any], otherwise: Any = None) -> Any:
+        if self.has_failed:
+            return otherwise
+        try:
+            return act()
+        except Exception as error:
+            self.has_failed = True
+            log.warning("%s", describe_failure(error))
+            return otherwise
+
+    @property
+    def name(self) -> str | None:
+        """Return the name of the inner logger."""
+        return self._try(lambda: self.inner.name)  # type: ignore[no-any-return]
+
+    @property
+    def version(self) -> int | str | None:
+        """Return the version of the inner logger."""
+        return self._try(lambda: self.inner.version)  # type: ignore[no-any-return]
+
+    @property
+    def save_dir(self) -> str | None:
+        """Return the folder of the inner logger."""
+        return self._try(lambda: self.inner.save_dir)  # type: ignore[no-any-return]
+
+    @property
+    def experiment(self) -> Any:
+        """Return the experiment of the inner logger, or one that does nothing."""
+        return self._try(lambda: getattr(self.inner, "experiment", None), DummyExperiment())
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Pass metrics on."""
+        self._try(lambda: self.inner.log_metrics(metrics, step))
+
+    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+        """Pass the configuration on."""
+        self._try(lambda: self.inner.log_hyperparams(params, *arguments, **options))
+
+    def save(self) -> None:
+        """Write what the inner logger holds."""
+        self._try(self.inner.save)
+
+    def finalize(self, status: str) -> None:
+        """End the inner logger."""
+        self._try(lambda: self.inner.finalize(status))
+
+
+def describe_failure(error: Exception) -> str:
+    """Say that a logger failed, and that the run goes on."""
+    reason = next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"The logger failed ({type(error).__name__}: {reason}). The run goes on without it and writes metrics.csv."
+
+
+def wandb_name(name: str) -> str:
+    """Replace what W&B does not allow in ids and in names of artifacts. The end, where the digests are, is kept.
+
+    >>> wandb_name("flowers, v2/kd+sp/none-seed0-0123abcd")
+    'flowers--v2-kd+sp-none-seed0-0123abcd'
+    """
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", name)[-LONGEST_NAME:]
+
+
+def wandb_logger(folder: Path, project: Annotated[str, AfterValidator(_check_project)]) -> WandbLogger:
     """Log to W&B under an id that follows from the run folder, so that a resumed run continues the same charts.
 
     Data, pair, method and serialization together name the group, and each of them is a tag. Metrics are drawn by
     epoch. The run is online if an API key is found and the server answers, disabled if WANDB_MODE says so, and offline
     otherwise. One log line says which of the three it is. W&B never prompts.
     """
+    import wandb  # here, because the other loggers work without it
+
     if wandb.run is not None:  # from an earlier job or the teacher: its charts must not get this run's rows
         wandb.finish()
+    wandb.setup(wandb.Settings(silent=True))  # otherwise it warns of an option that Lightning sets in every run
     arguments = _run_arguments(folder, project)
     wanted = os.environ.get("WANDB_MODE", "online")
     if wanted == "online" and wandb.api.api_key and (logger := _online_logger(arguments)):
@@ -29,7 +114,8 @@ def wandb_logger(folder: Path, project: str) -> WandbLogger:
     settings = wandb.Settings(mode=mode, silent=True, x_disable_meta=True)  # the metadata would hold the command line
     logger = WandbLogger(**arguments, offline=mode == "offline", settings=settings)
     if mode == "offline":
-        log.info("W&B: offline. To upload the run later: wandb sync %s/wandb/offline-run-*", folder)
+        place = shlex.quote(str(folder))
+        log.info("W&B: offline. To upload the run later: wandb sync %s/wandb/offline-run-*", place)
     else:
         log.info("W&B: disabled, because WANDB_MODE says so.")
     return _by_epoch(logger)
@@ -43,8 +129,8 @@ def _run_arguments(folder: Path, project: str) -> dict[str, Any]:
     return {
         "project": project,
         "name": name,
-        "id": name.replace("/", "-"),
-        "group": f"{data}/{pair}/{method}/{serialization}"[:128],
+        "id": wandb_name(name),
+        "group": f"{data}/{pair}/{method}/{serialization}"[:LONGEST_NAME],
         "tags": [tag[:64] for tag in dict.fromkeys((data, pair, method, serialization))],
         "save_dir": str(folder),
         "resume": "allow",
@@ -53,11 +139,13 @@ def _run_arguments(folder: Path, project: str) -> dict[str, Any]:
 
 def _online_logger(arguments: dict[str, Any]) -> WandbLogger | None:
     """Start an online run. Returns None, after a warning, if the server does not answer within 20 seconds."""
+    import wandb
+
     logger = WandbLogger(**arguments, settings=wandb.Settings(init_timeout=20, silent=True, x_disable_meta=True))
     try:
         url = logger.experiment.url
     except Exception as error:  # W&B may raise anything, and training must not end because of it
-        log.warning("W&B cannot be reached (%s).", str(error).splitlines()[0])
+        log.warning("W&B cannot be reached (%s).", next(iter(str(error).splitlines()), type(error).__name__))
         wandb.teardown()  # its service still holds the run's id
         return None
     log.info("W&B: online, %s", url)

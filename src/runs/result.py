@@ -92,6 +92,11 @@ class Result(Record):
     student: str
     seed: int
     epochs: int
+    """Rows of metrics.csv. `trainer.max_steps` or a callback may have cut the last epoch short."""
+    epochs_wanted: int | None = None
+    """`trainer.max_epochs`. The run trained for less if `trainer.max_steps` or a callback ended it."""
+    steps: int | None = None
+    """Optimiser steps, if `trainer.max_steps` limited them."""
     train_images: int
     train_duplicates: dict[str, int] | None = None
     """By split, the number of images that are training images too."""
@@ -100,6 +105,15 @@ class Result(Record):
     """The superclass of each class."""
     settings: dict[str, Any]
     """The part of the configuration that decides the result, without the seed."""
+
+    @property
+    def end(self) -> str:
+        """Say at which point of its epochs the run ended."""
+        if self.steps is not None:
+            return f"{self.steps} steps, in epoch {self.epochs} of {self.epochs_wanted}"
+        if self.epochs_wanted is not None and self.epochs < self.epochs_wanted:
+            return f"epoch {self.epochs} of {self.epochs_wanted}, in which a callback ended the run"
+        return "the last epoch"
 
     @pydantic.model_validator(mode="after")
     def _check_superclasses(self) -> "Result":

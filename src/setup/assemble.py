@@ -1,5 +1,6 @@
 """Make the data, the method, the student and the LightningModule that a configuration describes."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from src.common.errors import UserError
-from src.config.instantiate import instantiate
+from src.config.instantiate import check_required, find_target, instantiate, options_of, report_misfit
 from src.config.validation import validate
 from src.data.image_data import ImageData
 from src.data.views import PEER_STREAM, random_bits
@@ -88,7 +90,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
     return Recipe(
         learning_rate=cfg.schedule.learning_rate,
         make_optimizer=make_optimizer(cfg),
-        make_scheduler=hydra.utils.instantiate(cfg.schedule.scheduler),
+        make_scheduler=make_scheduler(cfg),
         interval=cfg.schedule.interval,
     )
 
@@ -101,16 +103,39 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., Optimizer]:
     """
     option = "optimizer" if cfg.optimizer else "schedule.optimizer"
     node = cfg.optimizer or cfg.schedule.optimizer
-    partial: Callable[..., Optimizer] = hydra.utils.instantiate(node)
-    try:
+    check_required(find_target(node, option), {*node, "params", "lr"}, option)
+    partial: Callable[..., Optimizer] = hydra.utils.instantiate(node, _partial_=True)
+    with report_misfit(node, option):
         trial = partial([torch.zeros(1)], lr=cfg.schedule.learning_rate)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"The options of {option} do not fit {node._target_}: {error}.") from None
     if cfg.trainer.precision in getattr(trial, "unsupported_precisions", ()):
         raise UserError(
             f"{node._target_} does not support trainer.precision={cfg.trainer.precision}: use bf16-mixed or 32-true."
         )
     return partial
+
+
+def make_scheduler(cfg: DictConfig) -> Callable[..., LRScheduler]:
+    """Make a partial of the scheduler, which takes the optimiser, and `total_steps` if it steps every batch.
+
+    Raises `UserError` if its options do not fit it, or if it does not fit the optimiser.
+    """
+    node, option, steps = cfg.schedule.scheduler, "schedule.scheduler", cfg.schedule.interval == "step"
+    target = find_target(node, option)
+    total = {"total_steps": 1000 * cfg.schedule.epochs} if steps else {}
+    check_required(target, {*node, *total, "optimizer"}, option)
+    partial: Callable[..., LRScheduler] = hydra.utils.instantiate(node, _partial_=True)
+    if steps and "total_steps" not in (options_of(target) or {"total_steps"}):
+        partial = functools.partial(_without_total_steps, partial)
+    optimizer = make_optimizer(cfg)([{"params": [torch.zeros(1)], "lr": cfg.schedule.learning_rate}])
+    with report_misfit(node, option):
+        scheduler = partial(optimizer, **total)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(f"{option}._target_={node._target_} waits for a metric, which it does not get: choose another.")
+    return partial
+
+
+def _without_total_steps(make: Callable[..., LRScheduler], optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    return make(optimizer)
 
 
 def make_distiller(

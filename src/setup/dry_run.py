@@ -18,6 +18,7 @@ from src.setup.assemble import Parts, make_distiller
 from src.setup.teacher import find_teacher, load_teacher, make_untrained_teacher
 from src.teachers.teacher import Teacher
 from src.training.distiller import Distiller
+from src.training.fitting import try_options
 
 IMAGES = 4
 """The number of random images."""
@@ -29,8 +30,9 @@ LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib
 def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
     """Compute the terms of all stages of the method, on copies of the parts and with a teacher of random weights.
 
-    Raises `UserError` if the method fails, if its terms and its weights have different names, if a term is not a
-    scalar, if all weights are 0, or if no term depends on anything that is trained.
+    The optimiser, the averaging and the logger are tried too. Raises `UserError` if one of these fails, if the method
+    fails, if its terms and its weights have different names, if a term is not a scalar, if all weights are 0, or if no
+    term depends on anything that is trained.
     """
     cfg = copy.deepcopy(cfg)
     cfg.compile = False
@@ -40,6 +42,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
         images = random_views(data)
         for module in [*(distiller.for_stage(stage) for stage in distiller.method.stages()), distiller]:
             _try_terms(module, images)
+            try_options(cfg, module)
     except UserError as error:
         if str(error).startswith("The method"):
             raise UserError(f"method={method_name(cfg)}: {error}") from error

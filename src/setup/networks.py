@@ -14,6 +14,8 @@ from src.models.checkpoints import load_weights, read_facts
 from src.models.network import Network
 from src.models.sources import LIBRARIES, pretrained
 
+OTHER_CLASSES = "add student.new_head=true to load all but the last layer, or give a file with the same classes"
+
 
 class InitialStudent(NamedTuple):
     """A student before training, and the normalisation of its images."""
@@ -73,6 +75,12 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
     Raises `UserError` if the source has no student, or if the file does not fit the network.
     """
     node, path, source = cfg.model.student, cfg.student.path, cfg.student.source
+    new_head = bool(cfg.student.get("new_head"))
+    if new_head and path is None:
+        raise UserError(
+            "student.new_head=true replaces the last layer of a file: add student.path=FILE, or leave it out "
+            "(student.source makes a new last layer by itself)."
+        )
     if source == "mdistiller":
         raise UserError(
             "student.source=mdistiller does not exist, because mdistiller has released teachers only: give a file with "
@@ -81,7 +89,7 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
     if path is not None:
         file = Path(path).expanduser()
         network = make_network(node, "model.student", data.num_classes)
-        load_weights(network, file)
+        load_weights(network, file, new_head=new_head, other_classes=OTHER_CLASSES)
         facts = stated_facts(node, file)
         return InitialStudent(network, facts.get("mean", data.mean), facts.get("std", data.std))
     if source is not None:

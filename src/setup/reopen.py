@@ -5,7 +5,9 @@ only targets that `conf/` calls too.
 """
 
 import functools
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +22,18 @@ from src.common.errors import UserError, report_damage
 from src.config.names import needs_teacher
 from src.config.schema import DATA_SCHEMAS, TrainOptions
 from src.data.image_data import ImageData
+from src.data.imagenet import english_names
+from src.models.checkpoints import read_facts
 from src.runs.checkpointing import checkpoint_file, read_checkpoint
 from src.runs.result import Result, RunRecord, TeacherFacts, read_record
 from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
 from src.setup.networks import make_network
 from src.teachers.answers import Answers, answers_file
+from src.teachers.class_order import are_stated
 from src.teachers.teacher import Teacher
 from src.training.distiller import Distiller
+
+log = logging.getLogger(__name__)
 
 CONF = Path(__file__).parents[2] / "conf"
 ADVICE = "choose another run"
@@ -53,7 +60,10 @@ def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
         )
     if cfg.run is None:
         merged: Any = OmegaConf.merge(cfg, {"student": {"path": cfg.checkpoint}})
-        return _open_untrained(prepare(merged), None)
+        opened = _open_untrained(prepare(merged), None)
+        stated = read_facts(Path(cfg.checkpoint).expanduser()).get("class_names")
+        _check_class_names(f"checkpoint={cfg.checkpoint}", stated, opened.data)
+        return opened
     folder = Path(cfg.run).expanduser()
     run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
     run_cfg.trainer.accelerator = cfg.trainer.accelerator
@@ -72,6 +82,7 @@ def open_run(folder: Path, cfg: DictConfig) -> Opened:
         raise UserError(f"{folder} has no checkpoints/last.ckpt, so there is nothing to open: {ADVICE}.")
     with report_damage(folder / "config.yaml", ADVICE):
         opened = _open_untrained(prepare(cfg), folder)
+    _check_data(folder, opened.data)
     try:
         opened.distiller.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -79,6 +90,31 @@ def open_run(folder: Path, cfg: DictConfig) -> Opened:
             f"{checkpoint_file(folder)} does not fit the networks of {folder / 'config.yaml'} ({error}): {ADVICE}."
         ) from None
     return opened
+
+
+def _check_data(folder: Path, data: ImageData) -> None:
+    """Raise `UserError` if a run was trained on data of other classes. Warn if it was trained on other images."""
+    file = folder / "run.json"
+    if not file.is_file():
+        return
+    with report_damage(file, ADVICE):
+        record = read_record(RunRecord, file, ADVICE)
+    _check_class_names(str(folder), record.class_names, data)
+    if record.fingerprints.data != data.source.digest:
+        log.warning("%s was trained on other data than the data that is read now.", folder)
+
+
+def _check_class_names(option: str, stated: Sequence[str] | None, data: ImageData) -> None:
+    """Raise `UserError` if a network's classes have other names than those of the data, or another order."""
+    if not are_stated(stated or None) or not are_stated(data.class_names):
+        return
+    own, names = english_names(stated or ()), english_names(data.class_names)
+    differing = next(((a, b) for a, b in zip(own, names, strict=False) if a != b), None)
+    if differing:
+        raise UserError(
+            f"{option} was trained on other classes than those of the data, or in another order: it calls a class "
+            f"{differing[0]} that the data calls {differing[1]}. Choose the data that it was trained on."
+        )
 
 
 def _open_untrained(cfg: DictConfig, folder: Path | None) -> Opened:

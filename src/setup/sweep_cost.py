@@ -88,7 +88,7 @@ def seconds_left(cfg: DictConfig) -> float:
         cfg, callbacks=[clock], max_epochs=1, limit_train_batches=1 + STEPS, limit_val_batches=0, **quiet
     )
     trainer.fit(distiller, datamodule=data)
-    steps: int = cfg.schedule.epochs * -(-len(data.train_index) // cfg.schedule.batch_size)
+    steps: int = cfg.schedule.epochs * len(data.train_dataloader())
     return steps * clock.seconds_per_step
 
 

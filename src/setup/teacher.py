@@ -15,8 +15,9 @@ from src.common.devices import fits_in_memory
 from src.common.errors import UserError
 from src.config.names import class_name
 from src.data.image_data import ImageData
+from src.data.limits import evaluation_batches, scored_batches
 from src.methods.method import Method
-from src.models.checkpoints import load_weights
+from src.models.checkpoints import load_weights, read_facts
 from src.models.network import Network
 from src.models.program import load_program
 from src.models.sources import pretrained
@@ -50,7 +51,7 @@ def find_teacher(cfg: DictConfig) -> Path | None:
     The teacher store holds `<data>/<architecture>.pth` or the published layout
     `<data>/<architecture>_vanilla/ckpt_epoch_240.pth`. Returns None if a library has the weights (`teacher.source`), or
     if the teacher has to be trained. Raises `UserError` if `teacher.path` does not exist, or if there is no file and
-    `teacher.train_if_missing` is false.
+    `teacher.train_if_missing` is false or `teacher.class_map` is given.
     """
     if cfg.teacher.path is not None:
         path = Path(cfg.teacher.path).expanduser()
@@ -73,6 +74,11 @@ def find_teacher(cfg: DictConfig) -> Path | None:
             f"There is no teacher {cfg.model.teacher.name} for {cfg.data.name} at {looked}: give its file with "
             "teacher.path=FILE, or set teacher.train_if_missing=true."
         )
+    if found is None and cfg.teacher.class_map is not None:
+        raise UserError(
+            f"teacher.class_map={cfg.teacher.class_map} needs a teacher that exists, because a teacher that is trained "
+            "here has the classes of the data: give teacher.path=FILE, or leave the class map out."
+        )
     return found
 
 
@@ -86,11 +92,13 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
     """Load the teacher from a file, or from its library if `path` is None.
 
     Its normalisation comes from `teacher.mean` and `teacher.std`. The first fallback is its file, its network's yaml or
-    its library. The second fallback is the data. Raises `UserError` if the file cannot be loaded, or if the teacher
-    does not know the classes of the data.
+    its library. The second fallback is the data. Raises `UserError` if the file cannot be loaded, if it was found by
+    the name of the data but states that it was trained on other data, or if the teacher does not know the classes of
+    the data.
     """
+    class_map = Path(cfg.teacher.class_map).expanduser() if cfg.teacher.class_map is not None else None
     if path is not None and cfg.teacher.allow_program:
-        return make_teacher(cfg, data, load_program(path), {})
+        return make_teacher(cfg, data, load_program(path), {"class_map": class_map})
     network: Network
     if cfg.teacher.source in (None, "mdistiller"):
         node = cfg.model.teacher
@@ -98,16 +106,27 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
         network = make_network(node, "model.teacher", len(facts.get("class_names", data.class_names)))
     else:
         found = pretrained(cfg.teacher.source, download=path is None)
-        network, facts = found.network, found._asdict()
+        network, facts = found.network, found._asdict() | (read_facts(path) if path else {})
     if path is not None:
+        _check_stated_data(cfg, data, path, facts.get("data"))
         load_weights(network, path)
-    return make_teacher(cfg, data, network, facts)
+    return make_teacher(cfg, data, network, {**facts, "class_map": class_map})
+
+
+def _check_stated_data(cfg: DictConfig, data: ImageData, path: Path, stated: str | None) -> None:
+    """Raise `UserError` if a file that was found by the name of the data states the digest of other data."""
+    if stated is None or cfg.teacher.path is not None or stated == data.source.digest:
+        return
+    raise UserError(
+        f"{path} was trained on other data that is called {cfg.data.name} too, or at another image size: rename this "
+        "data with data.name=NAME, or give teacher.path=FILE if this teacher is the right one."
+    )
 
 
 def make_teacher(cfg: DictConfig, data: ImageData, network: Network, facts: Mapping[str, Any]) -> Teacher:
     """Make a teacher from a network, by the options `teacher.*` and by `facts`.
 
-    `facts` may hold mean, std, image_size and class_names. The options take precedence.
+    `facts` may hold mean, std, image_size, class_names and class_map. The options take precedence.
     """
     mean, std = (cfg.teacher[name] or facts.get(name) or getattr(data, name) for name in ("mean", "std"))
     teacher = Teacher(
@@ -125,7 +144,7 @@ def make_teacher(cfg: DictConfig, data: ImageData, network: Network, facts: Mapp
     if cfg.compile:
         teacher.compile()
     outputs = teacher.shapes(data.image_shape).logits
-    teacher.select_classes(class_index(facts.get("class_names"), outputs, data.class_names))
+    teacher.select_classes(class_index(facts.get("class_names"), outputs, data.class_names, facts.get("class_map")))
     return teacher
 
 
@@ -145,12 +164,16 @@ def measure_teacher(
     teacher = load_teacher(cfg, data, path)
     teacher.to(trainer.strategy.root_device, torch.channels_last if cfg.channels_last else torch.contiguous_format)
     splits: set[str] = {data.validates_on, "test"}
-    answers = {split: evaluation_answers(cfg, data, teacher, split, trainer) for split in splits}
+    scored = [split for split in splits if scored_batches(cfg, data, split)]
+    answers = {split: evaluation_answers(cfg, data, teacher, split, trainer) for split in scored}
     facts = teacher_facts(cfg, teacher, str(path or cfg.teacher.source), answers["test"].metrics())
-    _report_accuracy(cfg, facts, trained_here)
+    is_complete = scored_batches(cfg, data, "test") == evaluation_batches(data, "test")
+    _report_accuracy(facts, may_differ=trained_here or not is_complete)
     check_class_order(answers["test"], facts.name)
     if cfg.teacher.view_store:
-        teacher.view_store = open_store(cfg, data, teacher, method, trainer.strategy.root_device)
+        # The processes of several devices share their answers through the file.
+        alone = trainer.strategy.root_device if trainer.world_size == 1 else None
+        teacher.view_store = open_store(cfg, data, teacher, method, alone)
     predictions = {split: answer.predictions(data.split_size(split)) for split, answer in answers.items()}
     return MeasuredTeacher(teacher, facts, predictions)
 
@@ -172,12 +195,11 @@ def teacher_facts(cfg: DictConfig, teacher: Teacher, source: str, metrics: Mappi
     )
 
 
-def _report_accuracy(cfg: DictConfig, facts: TeacherFacts, trained_here: bool) -> None:
+def _report_accuracy(facts: TeacherFacts, may_differ: bool) -> None:
     measured, published = 100 * facts.accuracy, facts.published_accuracy
     beside = "" if published is None else f" (published: {published:.2f} %)"
     log.info("Teacher %s from %s: test accuracy %.2f %%%s.", facts.name, facts.source, measured, beside)
-    complete = cfg.trainer.limit_val_batches is None
-    if published is not None and not trained_here and complete and abs(measured - published) > LARGEST_DIFFERENCE:
+    if published is not None and not may_differ and abs(measured - published) > LARGEST_DIFFERENCE:
         log.warning(
             "The measured and the published accuracy differ by more than %g point: check the teacher's normalisation, "
             "teacher.mean=%s teacher.std=%s, and its class order.",
@@ -191,14 +213,14 @@ def evaluation_answers(cfg: DictConfig, data: ImageData, teacher: Teacher, split
     file = answers_file(cfg, Path(cfg.runs).expanduser(), teacher.key, data, split)
     answers = Answers.load(file, data.split_size(split), data.num_classes)
     if answers is None:
-        batches = itertools.islice(data.evaluation_loader(split), cfg.trainer.get("limit_val_batches"))
+        batches = itertools.islice(data.evaluation_loader(split), scored_batches(cfg, data, split))
         answers = Answers.compute(teacher, batches, trainer.precision_plugin.forward_context())
         answers.save(file)
     return answers
 
 
 def open_store(
-    cfg: DictConfig, data: ImageData, teacher: Teacher, method: Method, device: torch.device
+    cfg: DictConfig, data: ImageData, teacher: Teacher, method: Method, device: torch.device | None = None
 ) -> ViewStore | DeviceViewStore | None:
     """Open the teacher's view store. Returns None if the method needs features, because the store holds logits only.
 
@@ -219,7 +241,7 @@ def open_store(
         expected_answers=epochs * data.views_per_image * len(data.train_index),
         gigabytes=cfg.teacher.view_store_gigabytes,
     )
-    if not data.lies_on(device):
+    if device is None or not data.lies_on(device):
         return store
     records = data.view_records(epochs)
     fits = cfg.data.device_memory is True or fits_in_memory(device_bytes(store, len(records)), device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from src.common.files import atomic_write, list_members
 from src.common.metrics import evaluation_metrics
+from src.data.limits import evaluation_batches, scored_batches
 from src.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Answers(NamedTuple):
 def answers_file(cfg: DictConfig, runs: Path, key: str, data: ImageData, split: str) -> Path:
     """Return the path of the answers to a split by the teacher with this cache key, below the folder of all runs."""
     part = "test" if split == "test" else f"val-{data.val_digest}"
-    limit = cfg.trainer.get("limit_val_batches") or "all"
+    scored = scored_batches(cfg, data, split)
+    limit = "all" if scored == evaluation_batches(data, split) else scored
     return runs / "teachers" / f"{cache_key(cfg, key, data)}-{part}-{limit}.npz"
 
 
@@ -95,4 +97,5 @@ def view_store_file(cfg: DictConfig, teacher: Teacher, data: ImageData) -> Path:
 
 def cache_key(cfg: DictConfig, teacher_key: str, data: ImageData) -> str:
     """Return the part of a cache's file name that identifies the answers: teacher, images and precision."""
-    return f"{teacher_key[:16]}-{data.source.digest[:12]}-{cfg.trainer.precision}"
+    precision = cfg.trainer.precision if cfg.tf32 else f"{cfg.trainer.precision}-ieee"
+    return f"{teacher_key[:16]}-{data.source.digest[:12]}-{precision}"

@@ -31,25 +31,31 @@ class DeviceViewStore:
 
     def __init__(self, store: ViewStore, rows: Tensor, device: torch.device) -> None:
         self.store = store
-        parts = [store.read_rows(part.numpy()) for part in rows.split(LOADED_AT_ONCE)]
-        nan = torch.full((1, parts[0][0].shape[1]), torch.nan)
-        self.logits = torch.cat([*(logits.to(store.dtype) for logits, _ in parts), nan.to(store.dtype)]).to(device)
-        unknown = torch.cat([unknown for _, unknown in parts])
-        self.is_complete = not unknown.any()
-        self.unknown = torch.cat([unknown, torch.tensor([False])]).to(device)
+        classes: int = store.records.dtype["logits"].shape[0]
+        self.logits = torch.full((len(rows) + 1, classes), torch.nan, dtype=store.dtype, device=device)
+        self.unknown = torch.zeros(len(rows) + 1, dtype=torch.bool, device=device)
+        for start in range(0, len(rows), LOADED_AT_ONCE):
+            part = rows[start : start + LOADED_AT_ONCE]
+            logits, unknown = store.read_rows(part.numpy())
+            self.logits[start : start + len(part)] = logits.to(device, store.dtype)
+            self.unknown[start : start + len(part)] = unknown.to(device)
+        self.is_complete = not self.unknown.any()
+        """False if at least one record was unknown when the run started."""
         self.slots = torch.full((store.size_in_records,), len(rows), device=device)
         self.slots[rows.to(device)] = torch.arange(len(rows), device=device)
         self.writer = ThreadPoolExecutor(1)
         self.pending: deque[Future[None]] = deque()
 
-    def read(self, index: Tensor, view_numbers: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return logits float32 [B, C] on the device, and a mask [B] of unknown logits: None if all are known."""
+    def read(self, index: Tensor, view_numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits float32 [B, C] on the device, and a mask [B] that marks unknown logits."""
         slots = self._slots(index, view_numbers)
-        logits = self.logits.index_select(0, slots).float()
-        return logits, None if self.is_complete else self.unknown.index_select(0, slots)
+        return self.logits.index_select(0, slots).float(), self.unknown.index_select(0, slots)
 
-    def write(self, index: Tensor, view_numbers: Tensor, logits: Tensor) -> None:
-        """Keep logits [B, C], and let the thread store them. Raises the `UserError` of an earlier write that failed."""
+    def write(self, index: Tensor, view_numbers: Tensor, logits: Tensor, is_new: Tensor) -> None:
+        """Keep logits [B, C], and let the thread store those that `is_new` [B] marks.
+
+        Raises the `UserError` of an earlier write that failed.
+        """
         slots = self._slots(index, view_numbers)
         self.logits[slots] = logits.to(self.logits.dtype)
         self.unknown.index_fill_(0, slots, False)
@@ -59,7 +65,7 @@ class DeviceViewStore:
         if logits.is_cuda:  # the thread copies on another stream, so it must wait for the answers
             event = torch.cuda.Event()
             event.record()
-        self.pending.append(self.writer.submit(self._write_to_file, event, index, view_numbers, logits))
+        self.pending.append(self.writer.submit(self._write_to_file, event, index, view_numbers, logits, is_new))
 
     def flush(self) -> None:
         """Wait until all answers are written. Raises the `UserError` of a write that failed."""
@@ -67,11 +73,13 @@ class DeviceViewStore:
             self.pending.popleft().result()
 
     def _write_to_file(
-        self, event: torch.cuda.Event | None, index: Tensor, view_numbers: Tensor, logits: Tensor
+        self, event: torch.cuda.Event | None, index: Tensor, view_numbers: Tensor, logits: Tensor, is_new: Tensor
     ) -> None:
         if event is not None:
             event.synchronize()
-        self.store.write(index, view_numbers, logits)
+        new = is_new.cpu().nonzero()[:, 0]
+        if len(new):
+            self.store.write(index.cpu()[new], view_numbers.cpu()[new], logits.cpu()[new])
 
     def _slots(self, index: Tensor, view_numbers: Tensor) -> Tensor:
         return self.slots[view_numbers * self.store.images + index]

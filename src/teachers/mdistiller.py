@@ -1,6 +1,5 @@
 """Download of the teachers for CIFAR-100 that mdistiller has released."""
 
-import hashlib
 import http.client
 import shutil
 import tarfile
@@ -11,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from src.common.errors import UserError
-from src.common.files import atomic_write, one_process_at_a_time, write_text
+from src.common.files import atomic_write, file_digest, one_process_at_a_time, write_text
 
 RELEASE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 ARCHITECTURES = ("wrn_40_2", "resnet56", "resnet110", "resnet32x4", "vgg13", "ResNet50")
@@ -102,11 +101,8 @@ def _check_end(archive: tarfile.TarFile) -> None:
 
 def _check_digest(file: Path, known: Path, url: str) -> None:
     """Compare the file with the digest of the first download. Write the digest if this is the first one."""
-    with file.open("rb") as content:
-        digest = hashlib.sha256()
-        while block := content.read(1 << 20):
-            digest.update(block)
+    digest = file_digest(file)
     if not known.is_file():
-        write_text(known, f"{digest.hexdigest()}\n")
-    elif known.read_text(encoding="utf-8").strip() != digest.hexdigest():
+        write_text(known, f"{digest}\n")
+    elif known.read_text(encoding="utf-8").strip() != digest:
         raise UserError(f"{url} has changed since {known} was written: delete that file if you trust the change.")

@@ -156,18 +156,32 @@ class Teacher:
 
         `index` [B] holds the images' positions in the training data, `view_numbers` [B] the numbers of the views. On a
         CPU the result is the same to the last bit with and without the store: answers are always computed in batches
-        of ANSWER_BATCH, and the last batch is padded. A GPU is slow on small batches, so it computes all unknown
-        answers as one padded batch. Its results with and without the store agree up to rounding.
+        of ANSWER_BATCH, and the last batch is padded. A GPU is slow on small batches, so it computes the whole batch
+        if one of its answers is unknown. Its results with and without the store agree up to rounding.
         """
         if self.view_store is None:
             return self.compute_view_logits(images)
+        if isinstance(self.view_store, DeviceViewStore):
+            return self._device_view_logits(self.view_store, images, index, view_numbers)
         logits, unknown = self.view_store.read(index, view_numbers)
-        if unknown is None:
-            return logits
         logits, places = logits.to(images.device), unknown.nonzero()[:, 0].to(images.device)
         if len(places):
-            logits[places] = self.compute_view_logits(images[places])
+            is_cpu = images.device.type == "cpu"
+            logits[places] = (
+                self.compute_view_logits(images[places]) if is_cpu else self.compute_view_logits(images)[places]
+            )
             self.view_store.write(index[places], view_numbers[places], logits[places])
+        return logits
+
+    def _device_view_logits(
+        self, store: DeviceViewStore, images: Tensor, index: Tensor, view_numbers: Tensor
+    ) -> Tensor:
+        """Answer from device memory. While records are missing, compute each batch, and do not wait to look."""
+        known, unknown = store.read(index, view_numbers)
+        if store.is_complete:
+            return known
+        logits = torch.where(unknown[:, None], self.compute_view_logits(images), known)
+        store.write(index, view_numbers, logits, unknown)
         return logits
 
     def compute_view_logits(self, images: Tensor) -> Tensor:

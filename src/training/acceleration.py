@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from src.methods.method import Batch, DistillationLogits, LogitMethod, Method, cross_entropy
 from src.models.network import Output
 
+KERNELS = ("fused", "foreach")
+"""Options by which torch's optimisers choose their kernels."""
 Terms = Callable[[Batch, DistillationLogits], Mapping[str, Tensor]]
 
 
@@ -46,13 +48,33 @@ def _plain(output: Output | None) -> Any:
 def make_fused(make_optimizer: Callable[..., Optimizer], groups: Any, trainer: Trainer) -> Optimizer:
     """Make the optimiser, on a GPU with one fused kernel if it has one and the configuration does not choose.
 
-    Under float16, a fused optimiser scales the gradients itself. Lightning can then not clip them.
+    Under float16, a fused optimiser scales the gradients itself. Lightning can then not clip them. A checkpoint of
+    another device does not change the choice.
     """
-    optimizer = make_optimizer(groups)
-    is_undecided = all(optimizer.defaults.get(option, False) is None for option in ("fused", "foreach"))
+    optimizer = make_optimizer([dict(group) for group in groups])  # copies, because an optimiser fills its groups
+    is_undecided = all(optimizer.defaults.get(option, False) is None for option in KERNELS)
     clips_scaled = trainer.precision == "16-mixed" and trainer.gradient_clip_val is not None
     on_gpu = trainer.strategy.root_device.type == "cuda"
-    return make_optimizer(groups, fused=True) if on_gpu and is_undecided and not clips_scaled else optimizer
+    if on_gpu and is_undecided and not clips_scaled:
+        optimizer = make_optimizer([dict(group) for group in groups], fused=True)
+    chosen = {option: optimizer.param_groups[0][option] for option in KERNELS if option in optimizer.param_groups[0]}
+
+    def keep_choice(loaded: Optimizer) -> None:
+        for group in loaded.param_groups:
+            group.update(chosen)
+
+    optimizer.register_load_state_dict_post_hook(keep_choice)
+    return optimizer
+
+
+def mean_over_devices(tensors: list[Tensor]) -> list[Tensor]:
+    """Compute the means of tensors over all devices, with one collective."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    parts = (flat / distributed.get_world_size()).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class SideStream:

@@ -21,7 +21,7 @@ from src.methods.method import Batch, DistillationLogits, LogitPair, Method, Sta
 from src.models.network import Network, Output
 from src.models.preactivations import forward_features
 from src.teachers.teacher import Teacher
-from src.training.acceleration import SideStream, compiled_terms, make_fused
+from src.training.acceleration import SideStream, compiled_terms, make_fused, mean_over_devices
 from src.training.dot import DOT
 from src.training.serialization import Serialization
 from src.training.standardization import standardize
@@ -128,9 +128,9 @@ class Distiller(L.LightningModule):
         has_log = any(isinstance(callback, TermLog) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if has_log else [TermLog()]
 
-    def configure_optimizers(self) -> Any:
-        """Make one parameter group for student and method, and one for the serialization layer."""
-        learning_rate, make_optimizer, make_scheduler, interval = self.recipe
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one parameter group for student and method, and one for the serialization layer if it is trained."""
+        learning_rate = self.recipe.learning_rate
         trained = [p for module in (self.student, self.method) for p in module.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": trained, "lr": learning_rate}]
         layer = list(self.serialization.parameters())
@@ -138,7 +138,12 @@ class Distiller(L.LightningModule):
             groups.append({"params": layer, "lr": learning_rate * self.serialization.lr_scale})
             if self.serialization.weight_decay is not None:
                 groups[1]["weight_decay"] = self.serialization.weight_decay
-        optimizer = make_fused(make_optimizer, groups, self.trainer)
+        return groups
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimiser and the scheduler."""
+        _, make_optimizer, make_scheduler, interval = self.recipe
+        optimizer = make_fused(make_optimizer, self.parameter_groups(), self.trainer)
         steps = {"total_steps": int(self.trainer.estimated_stepping_batches)} if interval == "step" else {}
         scheduler = make_scheduler(optimizer, **steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
@@ -168,7 +173,7 @@ class Distiller(L.LightningModule):
         """Let the method combine the gradients of its terms. DOT first computes the gradient of cross-entropy alone."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, DOT):
-            optimizer.keep_task_gradients(self.weighted_terms, self.trainer.strategy.reduce)
+            optimizer.keep_task_gradients(self.weighted_terms, mean_over_devices)
         self.method.backward(loss, self.weighted_terms)
         self.last_batch = None  # frees the features before the next step
 

@@ -44,7 +44,7 @@ class DOT(Optimizer):
         self.task_gradients: dict[Tensor, Tensor] = {}
 
     def keep_task_gradients(
-        self, weighted_terms: Mapping[str, Tensor], mean_over_devices: Callable[[Tensor], Any]
+        self, weighted_terms: Mapping[str, Tensor], mean_over_devices: Callable[[list[Tensor]], list[Tensor]]
     ) -> None:
         """Compute and keep the gradient of the weighted term `cross_entropy`. The graph is kept for the backward pass.
 
@@ -61,11 +61,8 @@ class DOT(Optimizer):
         gradients = torch.autograd.grad(
             weighted_terms["cross_entropy"], parameters, retain_graph=True, allow_unused=True
         )
-        self.task_gradients = {
-            parameter: mean_over_devices(gradient)
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-            if gradient is not None
-        }
+        found = {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        self.task_gradients = dict(zip(found, mean_over_devices(list(found.values())), strict=True))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,6 +1,7 @@
 """Train a distiller through the stages of its method. Each stage resumes from its newest intact checkpoint."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from src.common.errors import UserError
-from src.config.instantiate import instantiate
+from src.config.instantiate import bind, instantiate, report_misfit
 from src.config.names import class_name
 from src.data.image_data import ImageData
 from src.methods.method import Method
@@ -23,7 +26,9 @@ from src.runs.checkpointing import (
     read_checkpoint,
 )
 from src.runs.history import History
+from src.runs.loggers import ForgivingLogger, describe_failure
 from src.runs.result import START_OVER
+from src.runs.time_budget import OutOfTime, TimeBudget
 from src.training.distiller import Distiller
 from src.training.gradient_anatomy import GradientAnatomy
 from src.training.term_log import TermLog
@@ -40,10 +45,14 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     # Under deterministic=true, torch fills all memory before it is used. Nothing here reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    overrides = {"max_time": None, **overrides}  # Lightning's own would count the time of earlier commands too
     try:
         trainer: L.Trainer = hydra.utils.instantiate(cfg.trainer, **overrides)
     except Exception as error:
         cause = error.__cause__ or error
+        if nested := re.search(r"full_key: (trainer\..+)", str(error)):
+            option = re.sub(r"(\d+)$", r"[\1]", nested[1])
+            raise UserError(f"The options of {option} do not fit its _target_: {cause}.") from error
         raise UserError(f"This machine cannot run the configured trainer ({cause}): try trainer=auto.") from error
     if cfg.schedule.batch_size % trainer.world_size:
         raise UserError(
@@ -70,24 +79,68 @@ def strategy_options(cfg: DictConfig, method: Method) -> dict[str, Any]:
 
 
 def make_logger(cfg: DictConfig, folder: Path) -> Any:
-    """Make the configured logger. Returns False without one. One log line says whether W&B is on."""
+    """Make the configured logger. Returns False without one, and after a warning for one that cannot start.
+
+    One log line says whether W&B is on.
+    """
     if not cfg.logger or class_name(cfg.logger) != "wandb_logger":
         log.info("W&B: off.")
-    return instantiate(cfg.logger, "logger", folder=folder) if cfg.logger else False
+    try:
+        return instantiate(cfg.logger, "logger", folder=folder) if cfg.logger else False
+    except UserError:
+        raise
+    except Exception as error:  # a logger may raise anything, and training must not end because of it
+        log.warning("%s", describe_failure(error))
+        return False
 
 
-def fit(cfg: DictConfig, distiller: Distiller, data: ImageData, folder: Path) -> L.Trainer:
-    """Train the stages of the method, then the main stage. Returns the main stage's trainer."""
+def make_averaging(cfg: DictConfig) -> L.Callback | None:
+    """Make the callback that averages weights, or return None. Raises `UserError` if its options do not fit."""
+    if not cfg.averaging:
+        return None
+    with report_misfit(cfg.averaging, "averaging"):
+        averaging: L.Callback = hydra.utils.instantiate(cfg.averaging)
+    return averaging
+
+
+def try_options(cfg: DictConfig, distiller: Distiller) -> None:
+    """Make what `fit` makes from the configuration, for a trial module. Raises `UserError` if options do not fit."""
+    distiller.student.to(memory_format=distiller.memory_format)
+    with report_misfit(cfg.optimizer or cfg.schedule.optimizer, "optimizer" if cfg.optimizer else "schedule.optimizer"):
+        optimizer = distiller.recipe.make_optimizer(distiller.parameter_groups())
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step(lambda: 0.0)
+    averaging = make_averaging(cfg)
+    if isinstance(averaging, WeightAveraging):  # makes its model now, and passes some options on to it
+        with report_misfit(cfg.averaging, "averaging"):
+            averaging.setup(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), distiller, "fit")
+    if cfg.logger:
+        bind(cfg.logger, "logger", ["folder"])
+
+
+def fit(
+    cfg: DictConfig, distiller: Distiller, data: ImageData, folder: Path, budget: TimeBudget | None = None
+) -> L.Trainer:
+    """Train the stages of the method, then the main stage. Returns the main stage's trainer.
+
+    Raises `OutOfTime` if the budget ends first. All checkpoints are saved then.
+    """
     for stage in distiller.method.stages():
         epochs = min(stage.epochs, cfg.trainer.max_epochs)  # one epoch with trainer=debug
         log.info("Stage %s, before the main stage. Epochs: %d", stage.name, epochs)
         place = folder / "stages" / stage.name
         options = {"max_epochs": epochs, "logger": False, **strategy_options(cfg, distiller.method)}
-        _fit_stage(cfg, distiller.for_stage(stage), data, place, **options)
-    averaging = [hydra.utils.instantiate(cfg.averaging)] if cfg.averaging else []
+        _fit_stage(cfg, distiller.for_stage(stage), data, place, budget, **options)
+    averaging = [made] if (made := make_averaging(cfg)) else []
     anatomy = [GradientAnatomy(folder, **cfg.gradients)] if cfg.gradients.every else []
-    options = {"callbacks": [*averaging, *anatomy], "logger": make_logger(cfg, folder)}
-    trainer = _fit_stage(cfg, distiller, data, folder, **options, **strategy_options(cfg, distiller.method))
+    own = [hydra.utils.instantiate(callback) for callback in cfg.trainer.get("callbacks") or ()]
+    logger = make_logger(cfg, folder)
+    options = {
+        "callbacks": [*averaging, *anatomy, *own],
+        "logger": ForgivingLogger(logger) if isinstance(logger, Logger) else logger,
+    }
+    trainer = _fit_stage(cfg, distiller, data, folder, budget, **options, **strategy_options(cfg, distiller.method))
     # Lightning loads the average only at the end of a training epoch. A run that resumes after its last epoch has none.
     if averaging and (kept := read_checkpoint(folder)):
         distiller.load_state_dict(kept["state_dict"])
@@ -99,15 +152,16 @@ def _fit_stage(
     distiller: Distiller,
     data: ImageData,
     folder: Path,
+    budget: TimeBudget | None,
     callbacks: Sequence[L.Callback] = (),
     **trainer_options: Any,
 ) -> L.Trainer:
     """Call Lightning's fit once, from the newest intact checkpoint in `folder`.
 
-    Raises `UserError` if that checkpoint does not fit the module.
+    Raises `UserError` if that checkpoint does not fit the module, and `OutOfTime` if the budget ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder, cfg.checkpoint_minutes, cfg.check_loss_every_n_steps)
+    checkpoints = Checkpoints(folder, cfg.checkpoint_minutes, cfg.check_loss_every_n_steps, budget)
     # The term log comes first, because the history reads its means.
     all_callbacks = [TermLog(cfg.check_loss_every_n_steps), History(folder), *callbacks, checkpoints]
     trainer = make_trainer(cfg, callbacks=all_callbacks, **trainer_options)
@@ -118,7 +172,11 @@ def _fit_stage(
         checkpoint_file(folder).unlink(missing_ok=True)
     try:
         trainer.fit(distiller, datamodule=data, ckpt_path=found[0] if found else None, weights_only=True)
+    except OutOfTime:
+        raise
     except Exception as error:
+        if OutOfTime.__name__ in str(error) and budget is not None and budget.is_over:
+            raise OutOfTime from None  # a forked process passes on the text of an exception only
         if found is None or checkpoints.started or trainer.world_size > 1 or isinstance(error, UserError):
             raise  # with several processes, this process does not know whether the others had started
         reason = next(iter(str(error).splitlines()), "").rstrip(".:")

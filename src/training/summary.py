@@ -1,6 +1,7 @@
 """The result of a finished run."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import lightning as L
 from omegaconf import DictConfig
@@ -9,6 +10,8 @@ from torch import nn
 from src.common.metrics import metrics_of_split
 from src.config.names import method_name, serialization_name
 from src.data.image_data import ImageData
+from src.data.limits import final_batches, validated_batches
+from src.runs.checkpointing import read_checkpoint
 from src.runs.folder import RunFolder
 from src.runs.history import read_history
 from src.runs.identity import identity
@@ -24,11 +27,12 @@ def summarise(
     trainer: L.Trainer,
     teacher: TeacherFacts | None,
 ) -> Result:
-    """Collect a run's result from its history. If the last epoch did not score the test set, score it now."""
+    """Collect a run's result from its history. If the last epoch did not score all test images, score them now."""
     rows = read_history(folder.path)
     split = data.validates_on
     metrics = {split: metrics_of_split(rows[-1], split)}
-    if not metrics.get("test"):  # validation was on held-out images, or the last epoch skipped it
+    is_partial = split == "test" and validated_batches(cfg, data) < final_batches(cfg, data)
+    if is_partial or not metrics.get("test"):  # validation was on other images, or the last epoch skipped it
         tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
         metrics["test"] = metrics_of_split(tested, "test")
     return Result(
@@ -47,12 +51,25 @@ def summarise(
         student=cfg.model.student.name,
         seed=cfg.seed,
         epochs=len(rows),
+        epochs_wanted=cfg.trainer.max_epochs,
+        steps=trained_steps(cfg, folder.path),
         train_images=len(data.train_index),
         train_duplicates=data.train_duplicates,
         class_names=list(data.class_names),
         superclasses=data.superclasses,
         settings={key: value for key, value in identity(cfg).items() if key != "seed"},
     )
+
+
+def trained_steps(cfg: DictConfig, folder: Path) -> int | None:
+    """Read the number of optimiser steps from the last checkpoint. Returns None if `trainer.max_steps` sets no limit.
+
+    The trainer does not know the number if the steps were made in forked processes.
+    """
+    if (cfg.trainer.get("max_steps") or -1) < 0:
+        return None
+    checkpoint = read_checkpoint(folder)
+    return int(checkpoint["global_step"]) if checkpoint else None
 
 
 def best_epoch(rows: Sequence[Mapping[str, float]], split: str) -> BestEpoch | None:

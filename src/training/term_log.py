@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from src.common.devices import steps_between_waits
 from src.common.errors import UserError
+from src.training.acceleration import mean_over_devices
 
 ADVICE = (
     "try a lower schedule.learning_rate, a lower weight of the term that grew, or trainer.precision=32-true. The last "
@@ -29,10 +31,11 @@ class TermLog(Callback):
     """Collect the module's `weighted_terms` on the device, and read them from time to time.
 
     - Every `check_every` steps, the host checks the terms for NaN and infinity (None: in every step on a CPU, every
-      `log_every_n_steps` steps on a GPU). A checkpoint or the end of an epoch checks them too, so that no checkpoint
-      has seen a loss that is not finite.
+      `log_every_n_steps` steps on a GPU). A validation, a checkpoint and the end of an epoch check them too, so that
+      no checkpoint has seen a loss that is not finite.
     - Every `log_every_n_steps` steps and at the end of an epoch, the mean over the devices is computed with one
-      collective for all terms and steps. The terms of the last step are logged as `train/<term>_step`.
+      collective for all terms and steps. The terms of the last step are logged as `train/<term>_step`. Several devices
+      check these means, so that a NaN on one of them stops all.
     - At the end of an epoch, the means over its images are logged as `train/<term>_epoch`. The sums are part of the
       checkpoint, so that the means of a resumed epoch are those of the whole epoch.
 
@@ -55,19 +58,35 @@ class TermLog(Callback):
         self.names = list(terms)
         values = torch.stack(list(terms.values())).detach()
         self.rows.append(Row(trainer.fit_loop.batch_idx, len(batch.target), values))
-        if len(self.rows) - self.checked >= steps_between_waits(trainer, self.check_every):
-            last = self._check(trainer, torch.stack([row.values for row in self.rows[self.checked :]]).cpu())
-            pl_module.log("loss", last.sum(), prog_bar=True, logger=False)
+        if trainer.world_size == 1 and steps_between_waits(trainer, self.check_every) == 1:
+            pl_module.log("loss", self._check(trainer, values[None].cpu()).sum(), prog_bar=True, logger=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the terms of this step if it is the turn of the loggers."""
+        """Check the terms if that is due. Log the terms of this step if it is the turn of the loggers."""
         interval: Any = vars(trainer)["log_every_n_steps"]  # Lightning does not declare this attribute
-        if interval and trainer.global_step % interval == 0 and self.rows:
-            values = self._read(trainer)
+        turn = interval and trainer.global_step % interval == 0
+        # Several devices meet only where the loggers log, unless the configuration asks for more checks.
+        check_every = self.check_every if trainer.world_size > 1 else steps_between_waits(trainer, self.check_every)
+        is_due = check_every is not None and len(self.rows) - self.checked >= check_every
+        if not self.rows or not (turn or is_due):
+            return
+        values = self._read(trainer)
+        if is_due:
+            pl_module.log("loss", values.sum(), prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        if turn:
             named = zip([*self.names, "loss"], [*values, values.sum()], strict=True)
             pl_module.log_dict({f"train/{name}_step": value for name, value in named}, on_step=True, on_epoch=False)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check all terms so far, because a student that is not finite has no metrics."""
+        self._read(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Raise the error of a NaN, if it is behind the failure of a decomposition."""
+        if isinstance(exception, LinAlgError) and self.rows[self.checked :]:
+            self._check(trainer, torch.stack([row.values for row in self.rows[self.checked :]]).cpu())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means over the epoch."""
@@ -90,9 +109,7 @@ class TermLog(Callback):
         if not self.rows:
             return torch.empty(0)
         rows, values = self.rows, torch.stack([row.values for row in self.rows])
-        if trainer.world_size > 1:
-            distributed.all_reduce(values)  # Lightning's own reduction would add a barrier
-        values = (values / trainer.world_size).cpu()
+        values = mean_over_devices([values])[0].cpu()
         last = self._check(trainer, values[self.checked :]) if self.checked < len(rows) else values[-1]
         sizes = torch.tensor([float(row.size) for row in rows], dtype=torch.float64)
         with_loss = torch.cat([values, values.sum(dim=1, keepdim=True)], dim=1).double()

@@ -1,6 +1,7 @@
 """Predictions of finished runs, computed again from their folders."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_a_run_that_cannot_be_opened_is_reported_and_the_others_answer(
     assert list(answered) == ["by aekt"]
     assert failures == ["hostile is left out of the pictures of predictions (UserError)."]
     assert "hostile cannot predict the test images:" in caplog.text
+
+
+def test_a_run_whose_data_has_changed_since_is_left_out(
+    run: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered, failures = answer({"by aekt": [replace(run, data="0ther")]}, str(tmp_path))
+    assert answered == {}
+    assert failures == ["by aekt is left out of the pictures of predictions (UserError)."]
+    assert "by aekt cannot predict the test images: the data has changed since the run" in caplog.text
 
 
 def test_the_test_images_are_held_once(run: Finished, tmp_path: Path) -> None:

@@ -77,6 +77,17 @@ def test_a_name_cannot_be_a_latex_command(sections: list[Section]) -> None:
         assert not re.search(r"(?<!\\)[%#]", line), line
 
 
+@pytest.mark.parametrize("name", ["[v2] birds", "*birds", "birds\\", "R&D_x~y^z", "100 % #1 {a} $b$"])
+def test_a_name_is_text_in_all_three_forms(name: str) -> None:
+    sections = [Section("Results", [], [Table("", ["network", "top-1"], [["first", "1"], [name, "2"]])])]
+    row = next(line for line in latex(sections).splitlines() if line.rstrip(" \\").endswith("& 2"))
+    assert not re.match(r"\s*[\[*]", row), "an argument of the end of the row before it"
+    assert not re.search(r"(?<!\\)[%#&_^$~]", row.replace(" & ", ""))
+    cells = re.findall(r"(?:\\.|[^|\\])+", markdown(sections).splitlines()[5])
+    assert [re.sub(r"\\(.)", r"\1", cell).strip().replace("&amp;", "&") for cell in cells] == [name, "2"]
+    assert name in Page(html("", sections)).text
+
+
 def test_rows_with_sentences_name_their_columns_for_narrow_screens() -> None:
     table = Table("caption", ["compared", "points", "p", "verdict"], [["one", "+1.0", "0.01", "is higher"]])
     wide, narrow = (Page(html("t", [Section("s", tables=[table._replace(sentences=flag)])])) for flag in (False, True))

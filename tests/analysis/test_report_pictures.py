@@ -167,3 +167,7 @@ def test_classes_are_chosen_by_name() -> None:
     message = r"relations.classes: there is no class plant 9. Choose from animal 0, plant 0"
     with pytest.raises(UserError, match=message):
         class_numbers(names, ["plant 9"])
+
+
+def test_a_name_of_two_classes_chooses_both() -> None:
+    assert class_numbers(["crane", "dog", "crane"], ["crane"]) == [0, 2]

@@ -1,5 +1,6 @@
 """Tables of a report: results, methods by pairs, comparisons, relations between classes, and unfinished folders."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,19 @@ def test_folders_are_listed_by_their_place_below_the_runs(runs: Path) -> None:
     assert why.startswith("result.json is damaged (")
     assert table.sentences
     assert place in markdown([Section("Not among the results", tables=[table])])
+
+
+def test_a_report_never_prints_nan(tmp_path: Path) -> None:
+    """Two settings of one seed each, without a common seed, and a loss and a time that are not finite."""
+    write_run(tmp_path, "kd", 0, 0.5)
+    write_run(tmp_path, "dkd", 1, 0.6, seconds=float("nan"))
+    write_run(tmp_path, "at", 2, 0.4, test={"accuracy": 0.4, "top5": 0.9, "nll": float("nan"), "ece": float("inf")})
+    groups = group(find_runs(tmp_path)[0])
+    results, compared = results_table(groups), comparison_table(groups, None)
+    assert compared is not None
+    assert columns_of(results)["top-1"] == ["50.0", "60.0", "40.0"]
+    assert columns_of(results)["NLL"] == ["1.50", "1.50", "-"]
+    assert columns_of(results)["time"] == ["10 s", "-", "10 s"]
+    assert columns_of(compared)["points"] == ["-", "-", "-"]
+    text = markdown([Section("results", tables=[results, compared])])
+    assert not re.search(r"\b(nan|inf)\b", text)

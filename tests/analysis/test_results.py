@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from src.analysis.results import by_protocol, find_runs, group
+from src.analysis.results import by_protocol, find_runs, group, teacher_names
 from src.runs.result import Result
 from tests.helpers.run_folders import TEACHER, finished, write_run
 
@@ -156,3 +157,66 @@ def test_a_result_that_lacks_a_key_is_foreign(tmp_path: Path, missing: str) -> N
     assert (other.state, other.detail) == (
         "foreign", f"result.json was not written by a run ({missing}: field required)",
     )  # fmt: skip
+
+
+# What is the same
+
+
+def test_the_same_teacher_from_two_places_is_one_setting(tmp_path: Path) -> None:
+    """Its file's place, its name and the way it was found do not count, because its weights are known."""
+    chosen: list[dict[str, Any]] = [
+        {"path": "/a/teacher.pt", "seed": 0, "method": {"name": "vanilla"}},
+        {"path": "/b/renamed.pt", "seed": 0, "method": {"name": "vanilla"}},
+        {"path": "sha256:1f2e3d", "seed": 0, "method": {"name": "vanilla"}},
+        {"path": None, "seed": 1, "method": {"name": "tfkd"}},
+    ]
+    for seed, options in enumerate(chosen):
+        name = Path(options["path"] or "resnet20").stem
+        model = {"name": f"{name}_to_resnet8", "student": {"name": "resnet8"}, "teacher": {"name": name, "depth": 20}}
+        settings = {"teacher": {**options, "fold": False}, "model": model}
+        write_run(tmp_path, seed=seed, settings=settings, teacher={**TEACHER, "name": name})
+    assert {name: len(runs) for name, runs in group(find_runs(tmp_path)[0]).items()} == {"resnet8 by kd": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"fold": True}, {}),
+        ({}, {"sha256": "0f" * 32}),
+        ({}, {"class_index": [1, 0]}),
+        ({}, {"mean": [0.1, 0.2, 0.3]}),
+        ({}, {"image_size": 64}),
+    ],
+)
+def test_a_teacher_that_answers_otherwise_is_another_setting(
+    tmp_path: Path, options: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    write_run(tmp_path, seed=0, settings={"teacher": {"fold": False}})
+    write_run(tmp_path, seed=1, settings={"teacher": {"fold": False, **options}}, teacher={**TEACHER, **facts})
+    assert [len(runs) for runs in group(find_runs(tmp_path)[0]).values()] == [1, 1]
+
+
+@pytest.mark.parametrize("settings", [{"teacher": None}, {"teacher": 3, "model": [1]}, {"model": {"teacher": "x"}}])
+def test_the_settings_of_a_foreign_run_may_hold_anything(tmp_path: Path, settings: dict[str, Any]) -> None:
+    write_run(tmp_path, settings=settings)
+    assert list(group(find_runs(tmp_path)[0])) == ["resnet8 by kd"]
+
+
+def test_runs_on_other_data_of_the_same_name_are_in_another_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    folder = write_run(tmp_path / "b")
+    record = json.loads((folder / "run.json").read_text())
+    record["fingerprints"]["data"] = "0ther"
+    (folder / "run.json").write_text(json.dumps(record))
+    runs, others = find_runs(tmp_path)
+    assert others == [], "neither is a copy of the other"
+    assert {run.data for run in runs} == {"da7a", "0ther"}
+    tables = by_protocol(runs)
+    assert [len(found) for found in tables.values()] == [1, 1]
+    assert all("data_digest=" in title for title in tables)
+
+
+def test_teachers_of_one_name_are_told_apart_by_their_weights() -> None:
+    runs = [finished(teacher={**TEACHER, "sha256": sha}) for sha in ("aa" * 32, "bb" * 32)]
+    assert set(teacher_names(runs).values()) == {"resnet20 aaaaaa", "resnet20 bbbbbb"}
+    assert set(teacher_names(runs[:1]).values()) == {"resnet20"}

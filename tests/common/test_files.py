@@ -1,11 +1,14 @@
 """Files are written atomically, tables survive their files, and archives that claim too much are refused."""
 
 import errno
+import hashlib
 import io
 import multiprocessing
 import os
+import stat
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +16,19 @@ from hypothesis import strategies as st
 
 from src.common import files
 from src.common.errors import UserError
-from src.common.files import atomic_write, list_members, one_process_at_a_time, read_rows, write_rows, write_text
+from src.common.files import (
+    atomic_write,
+    describe_foreign,
+    file_digest,
+    list_members,
+    one_process_at_a_time,
+    output_folder,
+    read_rows,
+    write_rows,
+    write_text,
+)
+from src.data.array_file import load_arrays
+from src.models.program import load_program
 
 # Atomic writes
 
@@ -53,6 +68,34 @@ def test_an_error_that_names_a_file_keeps_its_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "a.txt"):
         (tmp_path / "missing").read_text()
     assert caught.value.filename == str(tmp_path / "missing")
+
+
+def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 8193  # more than two blocks
+    (tmp_path / "a").write_bytes(content)
+    assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_content_and_the_name_of_a_file_reach_the_disk_in_this_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut between two of these steps leaves the old file or the new one, and never an empty one."""
+    done = []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(number: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(number).st_mode)
+        done.append(("sync", "folder" if is_folder else os.fstat(number).st_size))
+        sync(number)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    write_text(tmp_path / "a.txt", "new")
+    assert done == [("sync", 3), ("rename", "a.txt"), ("sync", "folder")]
 
 
 def test_text_is_written_in_utf8(tmp_path: Path) -> None:
@@ -157,3 +200,39 @@ def test_a_lock_of_a_file_is_released_after_an_error(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with one_process_at_a_time(tmp_path / "a.txt"):
         pass
+
+
+# The option `out`
+
+
+def test_an_output_folder_is_not_named_like_a_file(tmp_path: Path) -> None:
+    assert output_folder(str(tmp_path / "report.v2")) == tmp_path / "report.v2"
+    for name in ("x.onnx", "table.md", "page.HTML"):
+        with pytest.raises(UserError, match=rf"out=.*{name} has the name of a file: give a folder"):
+            output_folder(str(tmp_path / name))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file: give a folder"):
+        output_folder(str(tmp_path / "file"))
+    (tmp_path / "made.md").mkdir()
+    assert output_folder(str(tmp_path / "made.md")) == tmp_path / "made.md"
+
+
+# Files given by mistake
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "an empty file"), (b"  <html>", "an HTML page"), (b"version https://git-lfs.github.com/x", "git LFS"),
+        (b"\x89HDF\r\n", "an HDF5 file"), (b"Rar!\x1a", "a compressed file"), (b"anything else", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("read", [load_arrays, load_program])
+def test_the_refusal_of_a_file_says_what_the_file_is(
+    tmp_path: Path, read: Any, content: bytes, kind: str | None
+) -> None:
+    file = tmp_path / "a.npz"
+    file.write_bytes(content)
+    assert (describe_foreign(file) or "").startswith(kind or "") or kind == "git LFS"
+    with pytest.raises(UserError, match=kind or "damaged"):
+        read(file)

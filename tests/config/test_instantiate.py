@@ -4,10 +4,11 @@ import functools
 from typing import Any, Literal
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from src.common.errors import UserError
-from src.config.instantiate import instantiate, reason, validate_options
+from src.config.instantiate import instantiate, options_of, reason, report_misfit, validate_options
 from src.methods.aekt import AEKT
 from tests.helpers.configure import METHODS, PAIRS, configure
 
@@ -143,6 +144,36 @@ def test_an_argument_without_a_type_is_refused() -> None:
 def test_keys_that_describe_a_node_are_passed_on_only_if_the_target_takes_them() -> None:
     assert build("make", num_classes=10, name="mine", year=2026, published_accuracy={}) == (10, 16)
     assert validate_options(lambda name: name, {"_target_": "f"}, "node") == {}
+
+
+def test_a_missing_argument_is_named() -> None:
+    with pytest.raises(UserError, match=r"^node\.num_classes is missing: set it with \+node\.num_classes=VALUE\.$"):
+        build("make", width=8)
+    with pytest.raises(UserError, match=r"^node\.temperature is missing"):
+        build("Base", weighting="ratio")
+
+
+def test_a_target_must_take_the_arguments_of_the_caller() -> None:
+    with pytest.raises(
+        UserError, match=r"^node\._target_=.*\.Closed does not take the argument 'folder', which it gets"
+    ):
+        build("Closed", gamma=1.0, given={"folder": "x"})
+
+
+def test_options_of_a_target_are_its_arguments() -> None:
+    assert options_of(make) == frozenset({"num_classes", "width"})
+    assert {"temperature", "gamma", "cross_entropy_weight"} <= (options_of(AEKT) or set())
+    assert options_of(WithoutOptions) == frozenset()
+    assert options_of(DDPStrategy) is None, "a library's class may do anything with **kwargs"
+
+
+def test_an_error_of_a_constructor_names_the_option() -> None:
+    node = OmegaConf.create({"_target_": "a.B"})
+    with (
+        pytest.raises(UserError, match=r"^The options of averaging do not fit a\.B: the reason\.$"),
+        report_misfit(node, "averaging"),
+    ):
+        raise ValueError("the\nreason.")
 
 
 def test_a_partial_takes_the_missing_arguments_later() -> None:

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from src.config.schema import (
+    COMMAND_SCHEMAS,
     DATA_SCHEMAS,
     ArrayDataOptions,
     DataOptions,
-    EvaluateOptions,
     ExportOptions,
     FolderDataOptions,
     GradientOptions,
@@ -33,7 +33,7 @@ from tests.helpers.configure import CLASSES, CONF, changed, configure, options
 
 @pytest.mark.parametrize(
     ("command", "schema"),
-    [("train", TrainOptions), ("evaluate", EvaluateOptions), ("export", ExportOptions), ("measure", MeasureOptions)],
+    COMMAND_SCHEMAS.items(),
 )
 def test_every_command_composes_its_schema(command: str, schema: type) -> None:
     cfg = configure(command=command)
@@ -96,7 +96,7 @@ def test_an_option_has_only_known_marks() -> None:
         MethodOptions,
     ]
     marks = {mark for schema in schemas for option in dataclasses.fields(schema) for mark in option.metadata}
-    assert marks == {"no_effect", "student_only"}
+    assert marks == {"no_effect", "by_content", "student_only"}
 
 
 # Data

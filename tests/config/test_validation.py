@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.common.errors import UserError
 from src.config import schema
-from src.config.validation import UNTYPED_NODES, validate
+from src.config.validation import UNTYPED_NODES, check_training, validate
 from tests.helpers.configure import changed, configure, without
 
 INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
@@ -26,9 +26,20 @@ INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
         ("trainer.max_epochs", -1, "greater than 0"),
         ("trainer.precision", "64-true", "choose one of 32-true, bf16-mixed, 16-mixed"),
         ("trainer.limit_train_batches", 0, "greater than 0"),
-        ("trainer.limit_val_batches", 0, "greater than 0"),
-        ("trainer.limit_val_batches", 0.5, "a valid integer"),
+        ("trainer.limit_train_batches", 1.5, "give a number of batches, or a fraction of all batches between 0 and 1"),
+        ("trainer.limit_val_batches", -1, "greater than or equal to 0"),
+        ("trainer.limit_val_batches", 2.5, "give a number of batches, or a fraction of all batches between 0 and 1"),
         ("trainer.limit_test_batches", 0, "greater than 0"),
+        ("trainer.max_steps", 0, "give a positive number of steps"),
+        ("trainer.max_time", "5 hours", "give a time as HH:MM:SS"),
+        ("trainer.max_time", 5, "give a time as HH:MM:SS"),
+        ("trainer.fast_dev_run", True, "use trainer=debug"),
+        ("trainer.callbacks", [{"_target_": "lightning.pytorch.callbacks.Timer"}], "use trainer.max_time"),
+        ("data.name", "a/b", "the name of a folder"),
+        ("data.name", "..", "the name of a folder"),
+        ("method.name", "a/b", "the name of a folder"),
+        ("model.student.name", "a\\b", "the name of a folder"),
+        ("model.teacher.name", "", "the name of a folder"),
         ("teacher.precision", "float64", "choose one of float32, bfloat16"),
         ("teacher.precision", "float16", "choose one of float32, bfloat16"),
         ("teacher.answer_dtype", "bfloat16", "choose one of float32, float16"),
@@ -122,6 +133,50 @@ def test_the_smallest_values_that_can_be_trained_with_are_accepted() -> None:
         "schedule__distillation_warmup": 0, "data__mean": [0, 0, 0], "teacher__mean": None, "data__train_size": None,
     }  # fmt: skip
     validate(changed(configure(), **smallest))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 0.5, 1.0, 2.0, None])
+def test_validation_may_be_limited_as_lightning_allows(limit: float | None) -> None:
+    validate(changed(configure(), trainer__limit_val_batches=limit))
+    if limit != 0:
+        validate(changed(configure(), trainer__limit_train_batches=limit, trainer__limit_test_batches=limit))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [
+        (("schedule.epochs=20",), False),
+        (("trainer.max_epochs=20",), True),
+        (("schedule.epochs=20", "trainer.max_epochs=40"), True),
+        (("schedule.epochs=20", "trainer.max_epochs=20"), False),
+        (("trainer=debug",), False),
+        (("trainer=profile", "schedule.epochs=3"), False),
+        (("trainer=debug", "schedule.epochs=2", "trainer.max_epochs=2"), False),
+        (("trainer=debug", "trainer.max_epochs=20"), True),
+        (("trainer.max_epochs=1",), True),
+    ],
+)
+def test_one_option_states_the_number_of_epochs(overrides: tuple[str, ...], is_refused: bool) -> None:
+    cfg = configure(*overrides)
+    if not is_refused:
+        check_training(cfg)
+        return
+    with pytest.raises(UserError) as caught:
+        check_training(cfg)
+    trained, scheduled = cfg.trainer.max_epochs, cfg.schedule.epochs
+    assert str(caught.value) == (
+        f"trainer.max_epochs={trained} differs from the schedule of {scheduled} epochs: set schedule.epochs={trained} "
+        "instead, so that the learning rate and the warm-ups follow too."
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trainer.use_distributed_sampler=true", "+trainer.enable_checkpointing=false", "+trainer.barebones=true"],
+)
+def test_an_argument_of_the_trainer_that_breaks_every_run_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match=rf"^{re.escape(override.removeprefix('+'))} would .*: leave it out\.$"):
+        check_training(configure(override))
 
 
 def test_a_nodes_own_file_is_named_if_it_lacks_a_key() -> None:

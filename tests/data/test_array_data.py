@@ -85,7 +85,7 @@ def test_a_channel_with_a_single_value_has_no_statistics() -> None:
 def test_held_out_images_are_read_by_their_position_among_the_training_images(make_data: Make) -> None:
     data = make_data(val_size=12)
     data.load()
-    reader = data.reader("val", data.val_index)
+    reader = data.reader("held_out", data.val_index)
     samples = reader[Share(0, [3, 0])]
     rows = data.val_index[[3, 0]]
     assert torch.equal(samples.images[0], data.arrays.train_images[rows])

@@ -66,7 +66,11 @@ def test_the_digest_depends_on_the_content_only(tmp_path: Path) -> None:
         ({"train_images": None}, "train_images"),
         ({"test_labels": None}, "test_labels"),
         ({"train_images": np.zeros((60, 8, 6, 3), np.float32)}, "uint8"),
-        ({"train_images": np.zeros((60, 8, 6), np.uint8)}, r"\[60, 8, 6\]"),
+        ({"train_images": np.zeros((60, 8), np.uint8)}, r"\[60, 8\]"),
+        ({"val_images": np.zeros((5, 8, 6, 3), np.uint8)}, "has no array val_labels"),
+        ({"val_labels": np.zeros(5, np.uint8)}, "has no array val_images"),
+        ({"val_images": np.zeros((5, 9, 6, 3), np.uint8), "val_labels": np.zeros(5, int)}, r"val_images \[9, 6\]"),
+        ({"val_images": np.zeros((5, 8, 6, 3), np.uint8), "val_labels": np.full(5, 3)}, "val_labels range from 3"),
         ({"test_images": np.zeros((23, 8, 6, 4), np.uint8)}, r"\[23, 8, 6, 4\]"),
         ({"test_images": np.zeros((23, 8, 7, 3), np.uint8)}, "size"),
         ({"train_labels": np.zeros(59, np.int64)}, "60 train_images and 59 train_labels"),
@@ -196,3 +200,85 @@ def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Cannot write"):
         save_arrays(tmp_path / "file" / "a.npz", **arrays())
+
+
+# What is accepted because it is unambiguous
+
+
+def test_a_validation_split_is_read(tmp_path: Path) -> None:
+    val = arrays(test=7, size=(8, 6))
+    saved = {**arrays(), "val_images": val["test_images"], "val_labels": val["test_labels"], "extra": np.zeros(2)}
+    save_arrays(tmp_path / "a.npz", **saved)
+    loaded = load_arrays(tmp_path / "a.npz")
+    np.testing.assert_array_equal(loaded.images("val").permute(0, 2, 3, 1).numpy(), saved["val_images"])
+    np.testing.assert_array_equal(loaded.labels("val").numpy(), saved["val_labels"])
+    assert loaded.notes == (f"Arrays of {tmp_path / 'a.npz'} that are left unread: extra.",)
+    save_arrays(tmp_path / "b.npz", **WITH_SUPERCLASSES, test_superclass_labels=np.zeros(23, int))
+    assert load_arrays(tmp_path / "b.npz").notes == ()
+
+
+@pytest.mark.parametrize("shape", ["NHW", "NHW1", "N1HW"])
+def test_grey_images_become_rgb(tmp_path: Path, shape: str) -> None:
+    contents = arrays()
+    grey = contents["train_images"][..., 0]
+    contents["train_images"] = {"NHW": grey, "NHW1": grey[..., None], "N1HW": grey[:, None]}[shape]
+    save_arrays(tmp_path / "a.npz", **contents)
+    loaded = load_arrays(tmp_path / "a.npz")
+    np.testing.assert_array_equal(loaded.train_images.numpy(), np.stack([grey] * 3, axis=1))
+    assert loaded.notes[-1] == "train_images are grey, and become RGB."
+
+
+def test_channels_may_come_first(tmp_path: Path) -> None:
+    contents = arrays()
+    rgb = contents["test_images"]
+    save_arrays(tmp_path / "a.npz", **{**contents, "test_images": np.ascontiguousarray(rgb.transpose(0, 3, 1, 2))})
+    loaded = load_arrays(tmp_path / "a.npz")
+    np.testing.assert_array_equal(loaded.test_images.permute(0, 2, 3, 1).numpy(), rgb)
+    assert loaded.notes == ("test_images have their channels first, and are transposed.",)
+
+
+def test_labels_of_one_column_are_squeezed(tmp_path: Path) -> None:
+    contents = arrays()
+    columns = {name: contents[name][:, None] for name in ("train_labels", "test_labels")}
+    save_arrays(tmp_path / "a.npz", **{**contents, **columns})
+    loaded = load_arrays(tmp_path / "a.npz")
+    np.testing.assert_array_equal(loaded.train_labels.numpy(), contents["train_labels"])
+    np.testing.assert_array_equal(loaded.test_labels.numpy(), contents["test_labels"])
+    assert "train_labels have the shape [N, 1], and are read as [N]." in loaded.notes
+
+
+@pytest.mark.parametrize("names", [("cat", "dog", "elk"), None])
+def test_labels_from_1_are_shifted(tmp_path: Path, names: tuple[str, ...] | None) -> None:
+    contents = arrays()
+    del contents["class_names"]
+    usual = {**contents, **({"class_names": np.array(names)} if names else {})}
+    from_1 = {name: usual[name] + 1 for name in ("train_labels", "test_labels")}
+    save_arrays(tmp_path / "a.npz", **{**usual, **from_1})
+    loaded = load_arrays(tmp_path / "a.npz")
+    assert loaded.train_labels.tolist() == contents["train_labels"].tolist()
+    assert loaded.test_labels.tolist() == contents["test_labels"].tolist()
+    assert loaded.class_names == (names or ("1", "2", "3"))
+    assert loaded.notes == (f"The labels of {tmp_path / 'a.npz'} run from 1 to 3, and are shifted to 0 to 2.",)
+
+
+@pytest.mark.parametrize(
+    ("train", "names"),
+    [
+        ([1, 2, 3], ["background", "cat", "dog", "elk"]),  # class 0 has a name
+        ([1, 3], None),  # class 2 is missing, so that class 0 may be too
+        ([0, 1, 2, 3], None),
+        ([1], None),
+    ],
+)
+def test_labels_are_not_shifted_if_class_0_could_exist(
+    tmp_path: Path, train: list[int], names: list[str] | None
+) -> None:
+    labels = {"train_labels": np.resize(train, 60), "test_labels": np.resize(train, 23)}
+    contents = {**arrays(), **labels, **({"class_names": np.array(names)} if names else {})}
+    if names is None:
+        del contents["class_names"]
+    save_arrays(tmp_path / "a.npz", **contents)
+    loaded = load_arrays(tmp_path / "a.npz")
+    assert loaded.train_labels.tolist() == labels["train_labels"].tolist()
+    assert loaded.class_names == tuple(names or map(str, range(max(train) + 1)))
+    assert loaded.notes == ()

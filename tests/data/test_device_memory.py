@@ -69,7 +69,7 @@ def test_a_run_is_the_same_and_resumes_within_the_memory_of_a_device(tmp_path: P
 
 def test_the_images_are_copied_once(make_data: Make) -> None:
     data = loaded(make_data, True)
-    readers = [data.device_reader(split, None, CPU) for split in ("train", "val", "train")]
+    readers = [data.device_reader(split, None, CPU) for split in ("train", "held_out", "train")]
     assert readers[0].images is readers[1].images is readers[2].images
     assert data.train_dataloader().num_workers == 0
     assert not data.train_dataloader().pin_memory
@@ -105,7 +105,9 @@ def test_without_a_trainer_the_images_stay_with_the_host(make_data: Make) -> Non
     assert data.evaluation_loader("test").batch_sampler.device is None  # type: ignore[union-attr]
     data.trainer = Mock()
     data.trainer.strategy.root_device = CPU
-    assert data.evaluation_loader("test").batch_sampler.device == CPU  # type: ignore[union-attr]
+    data.trainer.global_rank, data.trainer.world_size = 0, 1
+    assert data.test_dataloader().batch_sampler.device == CPU  # type: ignore[union-attr]
+    assert data.evaluation_loader("test").batch_sampler.device is None, "only the trainer reads from the device"  # type: ignore[union-attr]
     assert isinstance(data.test_images([0, 1]), torch.Tensor)
 
 

@@ -104,8 +104,8 @@ def test_workers_do_not_change_the_batches(folder: Path, val_size: int) -> None:
 
 
 def test_several_devices_read_the_batches_of_one_device(folder: Path) -> None:
-    alone = batches(load(folder).train_dataloader(), 2)
-    shares = [batches(as_rank(load(folder), rank, 2).train_dataloader(), 2) for rank in range(2)]
+    alone = batches(load(folder, batch_size=12).train_dataloader(), 2)
+    shares = [batches(as_rank(load(folder, batch_size=12), rank, 2).train_dataloader(), 2) for rank in range(2)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert torch.equal(indices_of(parts).sort().values, whole.index.sort().values)
     assert_same_images(images_by_index(shares[0]) | images_by_index(shares[1]), images_by_index(alone))
@@ -130,13 +130,14 @@ def test_evaluation_reads_the_centre_of_each_photo(folder: Path, split: str, mon
     monkeypatch.setattr(FolderData, "evaluation_batch_size", 4)
     data = load(folder, val_size=6)
     rows = data.val_index.tolist() if split == "val" else list(range(15))
+    photos = data.photos["held_out" if split == "val" else "test"]
     seen = list(data.evaluation_loader(split))
     assert max(len(batch.index) for batch in seen) <= 4
     assert torch.equal(indices_of(seen), torch.arange(len(rows)))
     labels = data.source.train_labels[data.val_index] if split == "val" else data.source.test_labels
     assert torch.equal(torch.cat([batch.target for batch in seen]), labels)
     transform = v2.Compose([v2.Resize(20), v2.CenterCrop(16), v2.PILToTensor()])
-    for image, encoded in zip(torch.cat([b.images[0] for b in seen]), data.photos[split].read(rows), strict=True):
+    for image, encoded in zip(torch.cat([b.images[0] for b in seen]), photos.read(rows), strict=True):
         photo, _ = Photo(encoded, "x").decode(1)
         assert (image.int() - transform(photo).int()).abs().float().mean() <= (4 if min(photo.size) >= 40 else 0)
 
@@ -198,7 +199,7 @@ def _dangling_link(root: Path) -> None:
         (_without_train, r"no class folders in \S+/train: .* data\.root=\S+ as train/<class>/\.\.\. and val/<class>"),
         (_without_val, r"no class folders in \S+/val"),
         (_without_class_folders, r"no class folders in \S+/val"),
-        (_empty_class, r"no photos in \S+/train/dog \(\.bmp"),
+        (_empty_class, r"no photos in \S+/train/dog \(\.apng, \.bmp"),
         (_class_only_in_train, r"/train has classes that \S+/val lacks \(bee\)"),
         (_classes_only_in_val, r"/val has classes that \S+/train lacks \(dog, elk, fox and 2 more\)"),
         (_dangling_link, r"/train/ant/lost\.jpg cannot be read \(No such file"),

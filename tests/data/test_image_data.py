@@ -1,5 +1,6 @@
 """Splits, batches and devices. Array data stands for any data."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 
 from src.common.errors import UserError
 from src.data.array_data import ArrayData
+from src.data.array_file import save_arrays
 from src.data.image_data import EpochBatches
+from tests.helpers.arrays import arrays
 from tests.helpers.batches import as_rank, batches, fit, indices_of, positions
+from tests.helpers.tiny import tiny_data
 
 Make = Callable[..., ArrayData]
 ROOT = Path(__file__).parents[2]
@@ -75,6 +79,82 @@ def test_training_batches_are_divided_evenly_among_devices(
     read = [position for share in shares for batch in share for position in batch]
     assert len(set(read)) == len(read) == size - size % world_size
     assert set(read) <= set(range(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "per_device", "world_size", "lengths"),
+    [
+        (65, 64, 1, [65]),
+        (129, 64, 1, [64, 65]),
+        (66, 64, 1, [64, 2]),
+        (64, 64, 1, [64]),
+        (66, 32, 2, [33]),
+        (67, 32, 2, [33]),
+        (68, 32, 2, [32, 2]),
+        (65, 32, 2, [32]),
+        (5, 1, 1, [1, 1, 1, 1, 1]),
+        (7, 1, 2, [1, 1, 1]),
+    ],
+)
+def test_no_device_trains_on_a_rest_of_one_image(
+    size: int, per_device: int, world_size: int, lengths: list[int]
+) -> None:
+    for rank in range(world_size):
+        share = EpochBatches(size, per_device * world_size, seed=5, rank=rank, world_size=world_size)
+        assert [len(batch) for batch in positions(share)] == lengths
+        assert len(share) == len(lengths)
+        resumed = EpochBatches(size, per_device * world_size, seed=5, rank=rank, world_size=world_size, done=1)
+        assert positions(resumed) == positions(share)[1:]
+
+
+def test_a_merged_batch_is_mentioned(make_data: Make) -> None:
+    data = make_data(file_train=61, batch_size=20)
+    data.load()
+    assert [len(batch.target) for batch in data.train_dataloader()] == [20, 20, 21]
+    assert data.notes()[-1] == "The last batch has 21 images, because batch norm cannot train on a rest of one image."
+    assert len(data.notes(2)) == 1
+
+
+def test_too_few_images_for_batch_norm_are_refused(make_data: Make) -> None:
+    data = make_data(file_train=3, file_classes=2, train_size=None, val_size=2)
+    data.load()
+    with pytest.raises(UserError, match=r"too few training images \(1\).* use at least 2"):
+        data.notes()
+    with pytest.raises(UserError, match="too few training images"):
+        data.train_dataloader()
+
+
+def test_the_log_says_what_is_used_for_what(make_data: Make) -> None:
+    plain, held_out = make_data(), make_data(val_size=12)
+    plain.load()
+    held_out.load()
+    assert plain.notes() == ["Data: 60 training images, 23 test images. The test images are scored after each epoch."]
+    assert held_out.notes() == [
+        "Data: 48 training images, 12 validation images (held out of them), 23 test images. The test images are scored "
+        "once, at the end."
+    ]
+
+
+def test_the_datas_own_validation_split_is_scored_after_each_epoch(make_data: Make, tmp_path: Path) -> None:
+    data = make_data()
+    own = arrays(test=7)
+    save_arrays(tmp_path / "own.npz", **arrays(), val_images=own["test_images"], val_labels=own["test_labels"])
+    data.path = str(tmp_path / "own.npz")
+    data.load()
+    assert (data.validates_on, data.split_size("val"), len(data.train_index)) == ("val", 7, 60)
+    (batch,) = data.val_dataloader()
+    val_images = data.arrays.images("val")
+    assert torch.equal(batch.images[0], val_images)
+    assert batch.target.tolist() == own["test_labels"].tolist()
+    on_device = data.device_reader("val", None, torch.device("cpu"))
+    assert torch.equal(on_device.images, val_images)
+    assert "7 validation images (val_images)" in data.notes()[0]
+    assert data.train_duplicates == {"val": 0, "test": 0}
+    assert len(data.val_digest) == 8
+    assert all(torch.equal(images, val_images) for images in fit(data, tmp_path / "run", 1).validated)
+    data.val_size = 12
+    with pytest.raises(UserError, match=r"data.val_size=12 holds .* val_images has .* set data.val_size=0 to use them"):
+        data.load()
 
 
 @settings(deadline=None)
@@ -217,3 +297,12 @@ def test_a_process_with_a_live_loader_ends(tmp_path: Path) -> None:
     source = textwrap.dedent(script).format(folder=tmp_path)
     ran = subprocess.run([sys.executable, "-c", source], cwd=ROOT, timeout=240, capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_data_of_one_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_data(tmp_path)
+    labels = torch.zeros_like(data.source.train_labels)
+    one_class = dataclasses.replace(data.source, class_names=("cat",), train_labels=labels)
+    monkeypatch.setattr(data, "read", lambda: one_class)
+    with pytest.raises(UserError, match=r"^The data has one class only \(cat\): add images of another class\.$"):
+        data.load()

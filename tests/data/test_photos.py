@@ -1,18 +1,20 @@
 """Decoding, cropping and resizing, compared with torchvision."""
 
 import warnings
+from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, TiffImagePlugin
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from src.common.errors import UserError
-from src.data.photos import Photo, centre, crop_and_resize, reduction
+from src.data.photos import FORMATS, SUFFIXES, Photo, centre, crop_and_resize, reduction
 from tests.helpers.photo_folders import encoded, files, picture, sixteen_bits
 
 
@@ -44,11 +46,90 @@ def test_16_bit_images_are_scaled_and_not_clipped() -> None:
     assert np.array_equal(pixels(decoded), pixels(image.convert("L").convert("RGB")))
 
 
-def test_the_exif_orientation_is_ignored() -> None:
+def stated(**tags: int) -> dict[str, TiffImagePlugin.ImageFileDirectory_v2]:
+    """Make the option of Pillow that writes these tags into a TIFF file, by their names."""
+    numbers = {"Photometric": 262, "Min": 280, "Max": 281, "SampleMax": 341}
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in tags.items():
+        directory[numbers[name]] = value
+    return {"tiffinfo": directory}
+
+
+GREY = np.array([[0, 1, 64], [127, 200, 255]], dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "options"),
+    [
+        ((GREY / 255).astype(np.float32), "TIFF", {}),
+        ((GREY / 255).astype(np.float32), "PPM", {}),
+        (GREY.astype(np.uint16) * 257, "TIFF", {}),
+        (GREY.astype(np.uint16) * 257, "PNG", {}),
+        (GREY.astype(np.uint16) * 257, "PPM", {}),
+        (GREY.astype(np.int32) * 4, "TIFF", stated(Max=1020)),
+        (GREY.astype(np.int32) * 4 + 100, "TIFF", stated(Min=100, Max=1120)),
+        (GREY.astype(np.float32), "TIFF", stated(SampleMax=255)),
+        (255 - GREY.astype(np.float32), "TIFF", stated(SampleMax=255, Photometric=0)),
+    ],
+    ids=["float TIFF", "PFM", "16-bit TIFF", "16-bit PNG", "16-bit PGM", "int32", "from 100", "stated", "inverted"],
+)
+def test_pictures_with_more_than_8_bits_are_scaled_by_the_range_of_their_values(
+    values: np.ndarray, kind: str, options: dict[str, Any]
+) -> None:
+    photo = Photo(encoded(Image.fromarray(values), kind, **options), "x")
+    assert photo.is_adjusted
+    decoded, _ = photo.decode(1)
+    assert np.array_equal(pixels(decoded), np.stack([GREY] * 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_a_picture_whose_range_is_unknown_is_refused_by_name(kind: type) -> None:
+    file = encoded(Image.fromarray(GREY.astype(kind) * 3), "TIFF")
+    with pytest.raises(UserError, match=r"^some/x\.tif cannot be read as a photo \(the range of its values is unknown"):
+        Photo(file, "some/x.tif").decode(1)
+
+
+def test_the_formats_are_those_of_pillow() -> None:
+    registered = Image.registered_extensions()
+    assert {s: name for name, suffixes in FORMATS.items() for s in suffixes} == {
+        suffix: name for suffix, name in registered.items() if name in FORMATS
+    }
+    assert ".pgm" in SUFFIXES
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright(kind: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    photo = Photo(encoded(picture(0, 40, 30), "JPEG", exif=exif), "x.jpg")
-    assert (photo.width, photo.height) == (40, 30)
+    exif[0x0112] = orientation
+    lossless = {} if kind in ("PNG", "TIFF") else {"quality": 100}
+    file = encoded(picture(0, 40, 30), kind, exif=exif, **lossless)
+    photo = Photo(file, "x")
+    expected = ImageOps.exif_transpose(Image.open(BytesIO(file))).convert("RGB")
+    assert (photo.width, photo.height) == expected.size == ((40, 30) if orientation < 5 else (30, 40))
+    assert np.array_equal(pixels(photo.decode(1)[0]), pixels(expected))
+    assert photo.is_adjusted == (orientation > 1 and kind != "TIFF")  # Pillow has always turned TIFF files
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_crop_of_a_reduced_photo_is_turned_too(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Photo(encoded(picture(0, 160, 120), "JPEG", quality=95, exif=exif), "x")
+    box = (24, 8, 81, 97)
+    whole, reduced = (crop_and_resize(*photo.decode(factor), box, 12, flip=False) for factor in (1, 4))
+    assert np.abs(pixels(whole) - pixels(reduced)).mean() < 4
+    upright = ImageOps.exif_transpose(Image.open(BytesIO(photo.encoded))).convert("RGB")
+    evaluated = v2.Compose([v2.Resize(20), v2.CenterCrop(16)])(upright)
+    assert np.abs(pixels(centre(photo, 20, 16)) - pixels(evaluated)).mean() < 4
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning", "ignore:Truncated:UserWarning", "ignore:Tag:UserWarning")
+@pytest.mark.parametrize(
+    "tag", [b"", b"garbage", b"II*\0\x08\0\0\0\xff\xff", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x05"]
+)
+def test_a_broken_orientation_is_ignored(tag: bytes) -> None:
+    photo = Photo(encoded(picture(0, 40, 30), "JPEG", exif=b"Exif\0\0" + tag), "x.jpg")
     assert photo.decode(1)[0].size == (40, 30)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from src.common.errors import UserError
 from src.data.sharding import SHARD_BYTES, write_shards
@@ -39,6 +40,22 @@ def test_shards_exceed_the_limit_by_less_than_one_photo(folder: Path, tmp_path: 
             bytes_of_shard = np.bincount(shards, weights=sizes)
             assert (bytes_of_shard > 0).all()
             assert bytes_of_shard.max() < limit + sizes.max()
+
+
+def test_a_validation_split_becomes_shards_too(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    shutil.copytree(own / "val", own / "test")
+    for name in ("ant", "bee", "cat"):
+        (own / "val" / name / "a.jpg").unlink()
+    original = load(own)
+    write_shards(original, tmp_path / "shards")
+    streamed = load(tmp_path / "shards", StreamData)
+    assert (streamed.validates_on, streamed.split_size("val"), streamed.split_size("test")) == ("val", 12, 15)
+    assert streamed.source.digest == original.source.digest
+    for loader in ("val_dataloader", "test_dataloader"):
+        (ours,), (theirs,) = (getattr(data, loader)() for data in (streamed, original))
+        assert torch.equal(ours.images[0], theirs.images[0])
+        assert torch.equal(ours.target, theirs.target)
 
 
 def test_a_small_folder_becomes_one_shard_per_split(folder: Path, tmp_path: Path) -> None:

@@ -41,3 +41,11 @@ def test_a_source_cannot_be_changed() -> None:
     source = Source(train_labels=labels, test_labels=labels, class_names=("a", "b"), digest="0")
     with pytest.raises(dataclasses.FrozenInstanceError):
         source.digest = "1"  # type: ignore[misc]
+
+
+def test_superclasses_of_the_same_name_stay_apart() -> None:
+    labels = torch.arange(3)
+    names = {"class_names": ("a", "b", "c"), "superclass_names": ("bird", "tool", "bird"), "superclass_of": (2, 1, 0)}
+    data = ImageData.__new__(ImageData)
+    data.source = Source(train_labels=labels, test_labels=labels, digest="0", **names)  # type: ignore[arg-type]
+    assert data.superclasses == ["bird (2)", "tool", "bird (0)"]

@@ -77,11 +77,11 @@ def test_shards_give_the_images_of_the_folder(folder: Path, shards: Path, worker
 
 
 def test_the_order_depends_on_the_epoch_and_not_on_the_number_of_devices(shards: Path) -> None:
-    alone = batches(stream(shards).train_dataloader(), 2)
-    shares = [batches(as_rank(stream(shards), rank, 2).train_dataloader(), 2) for rank in range(2)]
+    alone = batches(stream(shards, batch_size=12).train_dataloader(), 2)
+    shares = [batches(as_rank(stream(shards, batch_size=12), rank, 2).train_dataloader(), 2) for rank in range(2)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert torch.equal(indices_of(parts).sort().values, whole.index.sort().values)
-    assert not torch.equal(indices_of(alone), indices_of(batches(stream(shards).train_dataloader(), 3)))
+    assert not torch.equal(indices_of(alone), indices_of(batches(stream(shards, batch_size=12).train_dataloader(), 3)))
 
 
 def test_the_order_follows_the_shards_of_the_training_photos(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

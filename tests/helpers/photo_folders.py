@@ -1,5 +1,6 @@
 """Small folders of photos in all formats and colour modes, and data modules that read them."""
 
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ OPTIONS: dict[str, Any] = {
     "workers": 0,
     "batch_size": 8,
     "seed": 0,
+    "cache": os.environ.get("AEKT_CACHE", "~/.cache/aekt"),
 }
 
 

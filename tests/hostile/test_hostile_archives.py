@@ -1,11 +1,14 @@
 """Archives and links made up to do harm: zip bombs, huge claims, wrong checksums, paths that lead outside."""
 
+import contextlib
+import functools
 import io
 import os
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 from src.common.errors import UserError
 from src.data.array_file import load_arrays
 from src.data.stream_data import ShardPhotos, read_index
-from src.models.checkpoints import read_state_dict, save_weights
+from src.models.checkpoints import load_weights, read_state_dict, save_weights
 from src.models.resnet import resnet8
 from src.setup.reopen import read_config
 from src.teachers.answers import Answers
@@ -33,6 +36,42 @@ def test_a_zip_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
             member.write(bytes(2**20))
     with pytest.raises(UserError, match=r"bomb\.pth claims to hold 26\d,\d{3},\d{3} bytes, which is implausible"):
         read_state_dict(file)
+
+
+class Payload:
+    """An object that creates a file when a pickle of it is loaded."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call, self.arguments, {"state": 1}, iter([1, 2]), iter([("key", 1)])
+
+
+@pytest.mark.parametrize("place", ["beside the weights", "among the weights", "as a key"])
+@pytest.mark.parametrize("call", ["touch", "open", "mkdir", "partial"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_payload_beside_the_weights_is_never_executed(tmp_path: Path, call: str, place: str, zipped: bool) -> None:
+    """The file may load without it or be refused. In neither case does anything run."""
+    file, marker = tmp_path / "a.pth", tmp_path / "executed"
+    payload = {
+        "touch": Payload(Path.touch, marker),
+        "open": Payload(open, str(marker), "w"),
+        "mkdir": Payload(os.mkdir, str(marker)),
+        "partial": Payload(functools.partial(Path.touch, marker)),
+    }[call]
+    state: dict[Any, Any] = dict(resnet8(10).state_dict())
+    content: dict[Any, Any] = {"state_dict": state}
+    if place == "among the weights":
+        state["more"] = payload
+    else:
+        content |= {payload: 1} if place == "as a key" else {"hyper_parameters": {"x": payload}}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    network = resnet8(10)
+    with contextlib.suppress(UserError):
+        load_weights(network, file)
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("flipped", [0.3, 0.6, 0.9])

@@ -38,7 +38,7 @@ def test_terms_of_one_name_are_kept_apart(tmp_path: Path):
     trainer = tiny_trainer(1, max_steps=1, limit_val_batches=0)
     trainer.fit(tiny_distiller(tiny_data(tmp_path), method, teacher=tiny_teacher()), datamodule=tiny_data(tmp_path))
     logged = trainer.callback_metrics
-    assert logged["train/also_kd_step"] == logged["train/kd_step"]
+    assert logged["train/also_kd_epoch"] == logged["train/kd_epoch"]
 
 
 def test_it_asks_for_what_either_method_asks_for():
@@ -86,7 +86,7 @@ def test_the_stage_of_the_first_stays_and_the_main_stage_has_the_terms_of_both(t
     assert made.weights(0) == {"cross_entropy": 1.0, "kd": 0.9}
     trainer = tiny_trainer(1, max_steps=1, limit_val_batches=0)
     trainer.fit(distiller, datamodule=data)
-    assert "train/kd_step" in trainer.callback_metrics
+    assert "train/kd_epoch" in trainer.callback_metrics
 
 
 def test_the_stages_of_both_are_listed_in_order(tmp_path: Path):

@@ -1,8 +1,12 @@
 """Checkpoints of every supported format load. Any other file is refused with a `UserError`, and runs no code."""
 
 import argparse
+import collections
+import functools
+import gzip
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from src.common.errors import UserError
@@ -104,6 +109,18 @@ FORMATS: dict[str, Callable[[State], Any]] = {
     "Lightning with torch.compile": lambda state: lightning(state, "student._orig_mod."),
     "bare": lambda state: state,
     "bare with a prefix": lambda state: prefixed("module.", state),
+    "net of a user's own training": lambda state: {"net": state, "acc": 91.2, "epoch": 3},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer_state_dict": optimizer_state()},
+    "two dicts deep": lambda state: {"checkpoint": {"state_dict": prefixed("module.", state)}},
+    "hyper-parameters of any class": lambda state: {
+        "state_dict": prefixed("student.", state),
+        "hyper_parameters": {
+            "optimizer": functools.partial(torch.optim.SGD, lr=0.1),
+            "config": OmegaConf.create({"a": {"b": [1, 2]}}),
+            "path": Path("a/b"),
+            "counts": collections.defaultdict(list, {"a": [1]}),
+        },
+    },
     "other things beside weights": lambda state: {**state, "note": "x", "epoch": 3},
 }
 
@@ -200,11 +217,10 @@ def test_programs_are_refused(tmp_path: Path):
             read_state_dict(file)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"nothing\.pth does not exist"):
-        read_state_dict(tmp_path / "nothing.pth")
-    with pytest.raises(UserError, match="is a folder"):
-        read_state_dict(tmp_path)
+@pytest.mark.parametrize(("name", "message"), [("nothing.pth", r"nothing\.pth does not exist"), ("", "is a folder")])
+def test_a_missing_file_and_a_folder_are_refused(name: str, message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        read_state_dict(tmp_path / name)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can read every file")
@@ -219,7 +235,7 @@ def test_a_file_without_read_permission_is_refused(file: Path):
     ("content", "message"),
     [
         ({}, "a dict but no weights"),
-        ({"epoch": 3, "net": {"conv1.weight": torch.ones(2)}}, "a dict of 'epoch', 'net' but no weights"),
+        ({"epoch": 3, "net": {"step": 3}}, "a dict of 'epoch', 'net' but no weights"),
         ({"model": {"epoch": 3}}, "a dict of 'epoch' but no weights"),
         ({"model": {0: torch.ones(2)}}, "but no weights"),
         ([torch.ones(2)], "a list but no weights"),
@@ -243,8 +259,6 @@ def test_files_without_weights_are_refused(content: Any, message: str, file: Pat
     "content",
     [
         b"hello world\n",
-        b"<!DOCTYPE html>\n<html>404</html>",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         pickle.dumps({"model": 1}, protocol=2),
         pickle.dumps({"model": 1}, protocol=4),
         b"PK\x03\x04" + bytes(60),
@@ -256,6 +270,35 @@ def test_files_of_other_kinds_are_refused(content: bytes, file: Path):
     file.write_bytes(content)
     with pytest.raises(UserError, match="damaged or not a checkpoint"):
         read_state_dict(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\n<!DOCTYPE html>\n<html>404</html>", "an HTML page, as of a failed download: get the file again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            "a pointer of git LFS .* git lfs pull",
+        ),
+        (b"", "an empty file: get it again"),
+        (gzip.compress(b"weights"), "a compressed file: unpack it"),
+        (b"\x10" + bytes(7) + b'{"conv1.weight":', "a safetensors file: load it with safetensors.torch"),
+    ],
+    ids=["HTML", "LFS", "empty", "gzip", "safetensors"],
+)
+def test_the_refusal_of_a_foreign_file_says_what_it_is(content: bytes, kind: str, file: Path):
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"network\.pth is not a checkpoint, but {kind}"):
+        read_state_dict(file)
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "gztar"])
+def test_an_archive_of_checkpoints_is_refused_with_the_name_of_one(form: str, tmp_path: Path):
+    (tmp_path / "packed").mkdir()
+    save_weights(resnet8(10), tmp_path / "packed" / "resnet8.pth")
+    archive = shutil.make_archive(str(tmp_path / "all"), form, tmp_path / "packed", "resnet8.pth")
+    with pytest.raises(UserError, match=r"not a checkpoint, but an archive of files such as resnet8\.pth: unpack it"):
+        load_weights(resnet8(10), Path(archive))
 
 
 def test_a_zip_of_arrays_is_refused(tmp_path: Path):

@@ -130,6 +130,14 @@ def test_options_that_can_change_a_result_change_the_folder(relevant: str) -> No
     assert folder_of(relevant) != folder_of()
 
 
+def test_the_folders_of_the_splits_are_part_of_the_identity_and_leaving_photos_out_is_not() -> None:
+    plain = folder_of("data=imagefolder")
+    named = [folder_of("data=imagefolder", f"data.{split}_folder=x") for split in ("train", "val", "test")]
+    assert len({plain, *named}) == 4
+    assert folder_of("data=imagefolder", "data.skip_corrupt=true") == plain  # without it there is no run
+    assert not {"train_folder", "val_folder", "test_folder"} & identity(configure("data=imagefolder"))["data"].keys()
+
+
 def test_speed_instead_of_determinism_has_its_own_folder_on_each_trainer() -> None:
     """The overrides that conf/trainer/gpu.yaml names."""
     faster = ("trainer.deterministic=false", "trainer.benchmark=true")
@@ -234,6 +242,23 @@ def test_an_identity_is_plain_and_resolved() -> None:
     assert settings["schedule"]["scheduler"]["milestones"] == [150, 180, 210]
     assert settings["method"]["beta"] == 6.0
     assert "${" not in str(settings)
+
+
+@pytest.mark.parametrize("option", ["teacher.path", "teacher.class_map", "student.path"])
+def test_a_file_counts_by_its_content_wherever_it_is(tmp_path: Path, option: str) -> None:
+    for name, content in (("a.pth", "one"), ("b.pth", "one"), ("c.pth", "two")):
+        (tmp_path / name).write_text(content)
+    one, copy_of_one, two = (folder_of(f"{option}={tmp_path / name}") for name in ("a.pth", "b.pth", "c.pth"))
+    assert one == copy_of_one
+    assert len({one, two, folder_of()}) == 3
+    group, name = option.split(".")
+    cfg = plain()
+    cfg[group][name] = str(tmp_path / "a.pth")
+    assert identity(cfg)[group][name] == "sha256:7692c3ad3540bb80"
+
+
+def test_a_class_map_that_is_not_given_keeps_the_identity_of_earlier_runs() -> None:
+    assert "class_map" not in identity(configure("method=kd"))["teacher"]
 
 
 def test_an_identity_holds_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.loggers import Logger
 
+from src.common.errors import UserError
+from src.config.instantiate import instantiate
 from src.runs import loggers
-from src.runs.loggers import csv_logger, tensorboard_logger, wandb_logger
+from src.runs.loggers import ForgivingLogger, csv_logger, tensorboard_logger, wandb_logger, wandb_name
+from tests.helpers.configure import changed, configure
 
 
 class Terminal(io.StringIO):
@@ -181,3 +186,76 @@ def test_tensorboard_writes_into_one_folder(folder: Path) -> None:
         logger.log_metrics({"train/loss": value}, step=3)
         logger.finalize("success")
     assert [file.parent for file in folder.rglob("events.out.tfevents.*")] == [folder / "tensorboard"] * 2
+
+
+# Names of users, and loggers that fail
+
+
+@pytest.mark.parametrize("data", ["flowers, v2", "a:b;c#d?e'f", "größe", "50% / x", " x", "a" * 200])
+def test_wandb_accepts_data_of_any_name(nobody: pytest.MonkeyPatch, tmp_path: Path, data: str) -> None:
+    folder = tmp_path / data.replace("/", "_") / "resnet20_to_resnet8" / "kd" / "none-seed0-0123abcd"
+    folder.mkdir(parents=True)
+    logger = wandb_logger(folder, "aekt")
+    logger.log_metrics({"train/loss": 1.5}, step=0)
+    name = str(logger.experiment.id)
+    assert re.fullmatch(r"[A-Za-z0-9_.+-]{1,128}", name)
+    assert name.endswith("-resnet20_to_resnet8-kd-none-seed0-0123abcd")
+    finish()
+    assert len(offline_runs(folder)) == 1
+
+
+def test_names_that_wandb_accepts_stay() -> None:
+    assert wandb_name("cifar100/a_to_b/dkd+kd/none-seed0-0123abcd") == "cifar100-a_to_b-dkd+kd-none-seed0-0123abcd"
+
+
+def test_wandb_starts_without_a_warning(
+    nobody: pytest.MonkeyPatch, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wandb_logger(folder, "aekt").log_metrics({"train/loss": 1.5}, step=0)
+    finish()
+    assert "WARNING" not in capfd.readouterr().err
+
+
+class Fails(Logger):
+    """A logger that fails at everything."""
+
+    calls = 0
+
+    @property
+    def name(self) -> str:
+        return "fails"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    @property
+    def experiment(self) -> Any:
+        raise ConnectionError("The server is gone.\nReally.")
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.calls += 1
+        raise ConnectionError("The server is gone.\nReally.")
+
+    log_hyperparams = log_metrics  # type: ignore[assignment]
+
+
+def test_a_failing_logger_warns_once_and_is_silent_from_then_on(lines: Lines) -> None:
+    inner = Fails()
+    logger = ForgivingLogger(inner)
+    for step in range(3):
+        logger.log_metrics({"loss": 1.0}, step)
+    logger.log_hyperparams({"a": 1})
+    logger.save()
+    logger.finalize("success")
+    logger.experiment.log({"a": 1})
+    assert inner.calls == 1
+    assert lines() == [
+        "The logger failed (ConnectionError: The server is gone). The run goes on without it and writes metrics.csv."
+    ]
+
+
+@pytest.mark.parametrize("project", ["a/b", "a#b", "", "x" * 129])
+def test_a_project_that_wandb_does_not_accept_is_refused(project: str) -> None:
+    with pytest.raises(UserError, match=r"^logger\.project=.* does not fit: give 1 to 128 characters, without /"):
+        instantiate(changed(configure("logger=wandb").logger, project=project), "logger", folder=Path("x"))

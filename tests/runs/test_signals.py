@@ -1,16 +1,25 @@
 """A signal ends a command with one sentence and the customary exit code, and takes its child processes along."""
 
+import fcntl
 import multiprocessing
 import os
+import select
 import signal
+import sys
+import termios
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from src.runs.signals import ENDING, SIGNALS, stop_on_signal
+from src.runs.checkpointing import Checkpoints
+from src.runs.signals import ENDING, SIGNALS, leave_closed_terminal, stop_on_signal
+from tests.helpers.interruption import SMALL
+from tests.helpers.tiny import write_arrays
 
 
 @pytest.mark.parametrize("name", ENDING)
@@ -69,3 +78,89 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+# A terminal that is closed
+
+
+def test_a_hangup_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_output_to_a_closed_terminal_is_discarded_and_a_file_is_kept(tmp_path: Path) -> None:
+    main, terminal = os.openpty()
+    kept = os.dup(1), os.dup(2)
+    try:
+        with (tmp_path / "out").open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            leave_closed_terminal()
+            assert os.isatty(2), "an open terminal is left alone"
+            os.close(main)
+            with pytest.raises(OSError, match="Input/output error"):
+                os.write(2, b"lost")
+            leave_closed_terminal()
+            assert os.write(2, b"discarded") == 9
+            assert os.write(1, b"kept") == 4
+    finally:
+        for number, saved in enumerate(kept, start=1):
+            os.dup2(saved, number)
+            os.close(saved)
+    assert (tmp_path / "out").read_text() == "kept"
+
+
+def train_in_terminal(path: Path, *before: str) -> tuple[int, int]:
+    """Start a training command in a terminal of its own. Returns its process and the terminal's main end."""
+    main, terminal = os.openpty()
+    places = f"data.path={write_arrays(path / 'tiny.npz')}", f"runs={path / 'runs'}"
+    arguments = [*SMALL, *places, "method=vanilla", "schedule.epochs=500", "logger=none", "checkpoint_minutes=10",
+                 "trainer.enable_progress_bar=true"]  # fmt: skip
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        for number in range(3):
+            os.dup2(terminal, number)
+        os.close(main)
+        os.execvp([*before, sys.executable][0], [*before, sys.executable, "-m", "src.train", *arguments])
+    os.close(terminal)
+    return process, main
+
+
+def wait_for_epochs(path: Path, main: int, count: int) -> None:
+    """Read what the command prints until it has trained some epochs."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if select.select([main], [], [], 0.1)[0]:
+            os.read(main, 65536)
+        file = next(path.rglob("metrics.csv"), None)
+        if file and len(file.read_text().splitlines()) > count:
+            return
+    pytest.fail("the command trains no epoch")
+
+
+def test_a_closed_terminal_saves_a_checkpoint(tmp_path: Path) -> None:
+    process, main = train_in_terminal(tmp_path)
+    wait_for_epochs(tmp_path, main, 2)
+    os.close(main)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    steps = torch.load(checkpoint, weights_only=True)["global_step"]
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    assert steps >= 6 * (len(metrics.read_text().splitlines()) - 1)
+    assert not list(tmp_path.rglob("failure.txt"))
+
+
+def test_two_hangups_in_a_row_do_not_end_a_run_before_it_is_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, minutes=10)
+    for _ in range(2):
+        checkpoints._receive(signal.SIGHUP, None)
+    assert checkpoints.received == signal.SIGHUP

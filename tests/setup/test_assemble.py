@@ -152,6 +152,48 @@ def test_options_of_an_optimizer_that_do_not_fit_are_refused(overrides: tuple[st
         parts_of(configure(*overrides, "method=kd"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ("schedule=quick", "schedule.scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR"),
+            "schedule.scheduler.T_max is missing: set it with +schedule.scheduler.T_max=VALUE.",
+        ),
+        (
+            ("schedule=quick", "schedule.interval=epoch"),
+            "schedule.scheduler.total_steps is missing: set it with +schedule.scheduler.total_steps=VALUE.",
+        ),
+        (
+            ("schedule.scheduler.gamma=abc", "+schedule.scheduler.nonsense=1"),
+            "The options of schedule.scheduler do not fit torch.optim.lr_scheduler.MultiStepLR: MultiStepLR.__init__() "
+            "got an unexpected keyword argument 'nonsense'.",
+        ),
+        (
+            ("schedule=quick", "schedule.scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau"),
+            "schedule.scheduler._target_=torch.optim.lr_scheduler.ReduceLROnPlateau waits for a metric, which it does "
+            "not get: choose another.",
+        ),
+        (
+            ("schedule=quick", "schedule.scheduler._target_=torch.optim.lr_scheduler.Nothing"),
+            "schedule.scheduler._target_=torch.optim.lr_scheduler.Nothing cannot be imported",
+        ),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_refused(overrides: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parts_of(configure(*overrides, "method=kd"))
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_scheduler_that_steps_every_batch_gets_the_number_of_steps_only_if_it_takes_it() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    cosine = "++schedule.scheduler={_target_:torch.optim.lr_scheduler.CosineAnnealingLR,T_max:7}"
+    for scheduler, steps in ((cosine, None), ("schedule=quick", 50)):
+        recipe = parts_of(configure("method=kd", "schedule=quick", scheduler, "schedule.interval=step")).recipe
+        made = recipe.make_scheduler(optimizer, total_steps=50)
+        assert getattr(made, "total_steps", None) == steps
+
+
 # The LightningModule
 
 

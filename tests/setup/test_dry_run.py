@@ -224,6 +224,48 @@ def test_a_sentence_that_is_not_about_the_method_stays_as_it_is(cfg: DictConfig)
         tried(changed(cfg, method=configure("method=kd").method, model__teacher=with_key(cfg.model.teacher)))
 
 
+NO_DECAY = "~schedule.optimizer.weight_decay"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ("averaging=ema", "averaging.decay=3"),
+            r"The options of averaging do not fit .*EMAWeightAveraging: Invalid decay value 3 provided",
+        ),
+        (
+            ("averaging=ema", "+averaging.dekay=0.9"),
+            r"The options of averaging do not fit .*EMAWeightAveraging: .* unexpected keyword argument 'dekay'",
+        ),
+        (
+            ("logger=csv", "logger._target_=lightning.pytorch.loggers.CSVLogger"),
+            r"logger\._target_=lightning\.pytorch\.loggers\.CSVLogger does not take the argument 'folder'",
+        ),
+        (("logger=wandb", "~logger.project"), r"logger\.project is missing: set it with \+logger\.project=VALUE\."),
+        (
+            ("schedule.optimizer._target_=torch.optim.Muon",),
+            r"The options of schedule\.optimizer do not fit torch\.optim\.Muon: Muon only supports 2D parameters",
+        ),
+        (
+            ("schedule.optimizer._target_=torch.optim.LBFGS", "~schedule.optimizer.momentum", NO_DECAY),
+            r"The options of schedule\.optimizer do not fit torch\.optim\.LBFGS: view size is not compatible",
+        ),
+    ],
+)
+def test_what_fit_makes_later_is_tried_before_a_teacher_is_trained(
+    cfg: DictConfig, overrides: tuple[str, ...], sentence: str
+) -> None:
+    composed = configure("model=resnet20_to_resnet8", "data=arrays", "method=kd", "schedule.batch_size=8", *overrides)
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        tried(changed(composed, data__path=cfg.data.path))
+
+
+def test_averaging_that_fits_passes(cfg: DictConfig) -> None:
+    averaged = configure("model=resnet20_to_resnet8", "data=arrays", "method=kd", "averaging=ema", "optimizer=dot")
+    tried(changed(averaged, data__path=cfg.data.path))
+
+
 def with_key(node: DictConfig) -> dict[str, Any]:
     found: Any = OmegaConf.to_container(node)
     return {**found, "nonsense": 1}

@@ -105,6 +105,27 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
         load_student(small(student__path=str(tmp_path / "a.pth")), DATA)
 
 
+def test_a_student_of_other_classes_starts_from_a_file_with_a_new_head(tmp_path: Path) -> None:
+    saved, file = resnet8(1000), str(tmp_path / "a.pth")
+    save_weights(saved, tmp_path / "a.pth", mean=[0.1, 0.2, 0.3], class_names=["x"] * 1000)
+    with pytest.raises(UserError, match=r"on 1000 classes, but the network has 2: add student\.new_head=true"):
+        load_student(small(student__path=file), DATA)
+    torch.manual_seed(3)
+    student = load_student(small(student__path=file, student__new_head=True), DATA)
+    torch.manual_seed(3)
+    loaded, fresh, before = student.network.state_dict(), resnet8(2).state_dict(), saved.state_dict()
+    assert all(
+        torch.equal(value, (fresh if name.startswith("fc.") else before)[name]) for name, value in loaded.items()
+    )
+    assert student.mean == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("source", [None, "torchvision/resnet18"])
+def test_a_new_head_needs_a_file(source: str | None) -> None:
+    with pytest.raises(UserError, match=r"^student\.new_head=true .*: add student\.path=FILE, or leave it out"):
+        load_student(small(student__new_head=True, student__source=source), DATA)
+
+
 def test_a_student_starts_from_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     published = resnet18()

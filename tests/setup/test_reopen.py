@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from src.common.errors import UserError
+from src.data.array_file import save_arrays
 from src.models.checkpoints import read_state_dict, save_weights
 from src.models.resnet import resnet8, resnet14
 from src.setup.reopen import (
@@ -23,6 +24,7 @@ from src.setup.reopen import (
     read_result,
     read_teacher,
 )
+from tests.helpers.arrays import colour_arrays
 from tests.helpers.configure import changed, configure
 from tests.helpers.place import Place, result_of
 from tests.helpers.tiny import same, weights
@@ -183,6 +185,42 @@ def test_a_checkpoint_becomes_the_configured_student(finished: Place, tmp_path: 
     save_weights(resnet14(10), tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth does not hold the weights of"):
         open_run_or_checkpoint(cfg)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (None, None),
+        ([str(number) for number in range(10)], None),
+        ([f"colour {number}" for number in range(10)], None),
+        ([f"shade {number}" for number in range(10)], "calls a class shade 0 that the data calls colour 0"),
+        ([f"colour {9 - number}" for number in range(10)], "calls a class colour 9 that the data calls colour 0"),
+    ],
+)
+def test_a_checkpoint_of_other_classes_is_refused(
+    finished: Place, tmp_path: Path, names: list[str] | None, message: str | None
+) -> None:
+    save_weights(resnet8(10), tmp_path / "a.pth", class_names=names)
+    composed = configure("data=cifar10", "network@model.student=resnet8", command="evaluate")
+    cfg = changed(composed, checkpoint=str(tmp_path / "a.pth"), data__path=str(finished.data))
+    if message is None:
+        assert open_run_or_checkpoint(cfg).data.num_classes == 10
+        return
+    with pytest.raises(UserError, match=rf"^checkpoint=.*a\.pth was trained on other classes.*{message}"):
+        open_run_or_checkpoint(cfg)
+
+
+def test_a_run_is_opened_on_data_of_its_classes(aekt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Other images of the same classes get a warning. Other classes are refused."""
+    arrays = colour_arrays()
+    open_run(aekt, read_config(aekt, "here"))
+    assert "was trained on other data" not in caplog.text
+    save_arrays(tmp_path / "images.npz", **{**arrays, "test_images": 255 - arrays["test_images"]})
+    open_run(aekt, read_config(aekt, "here", str(tmp_path / "images.npz")))
+    assert f"{aekt} was trained on other data than the data that is read now." in caplog.messages
+    save_arrays(tmp_path / "names.npz", **{**arrays, "class_names": arrays["class_names"][::-1]})
+    with pytest.raises(UserError, match="it calls a class colour 0 that the data calls colour 9"):
+        open_run(aekt, read_config(aekt, "here", str(tmp_path / "names.npz")))
 
 
 def test_a_run_is_opened_on_the_accelerator_of_the_command(finished: Place, aekt: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from src.common.errors import UserError
 from src.data import array_data
+from src.data.image_data import ImageData
 from src.data.imagenet import WNIDS
 from src.models.checkpoints import save_weights, weights_digest
 from src.models.resnet import resnet8, resnet20, resnet20_option_a
@@ -32,8 +34,9 @@ from src.teachers.answers import Answers
 from src.teachers.device_view_store import DeviceViewStore
 from src.teachers.view_store import ViewStore
 from src.training.fitting import make_trainer
+from tests.helpers.commands import assert_refused
 from tests.helpers.configure import changed, configure, without
-from tests.helpers.place import Place
+from tests.helpers.place import Place, result_of
 from tests.helpers.tiny import same, weights, write_arrays
 
 DATA: Any = SimpleNamespace(
@@ -307,7 +310,9 @@ def test_the_view_store_is_copied_to_the_device_that_holds_the_images_if_it_fits
         assert len(opened.logits) == len(data.view_records(cfg.schedule.epochs)) + 1
 
 
-def test_a_difference_from_the_published_accuracy_is_a_warning_that_says_what_to_check(place: Place) -> None:
+def test_a_difference_from_the_published_accuracy_is_a_warning_that_says_what_to_check(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     save_weights(resnet20(10), place.path / "teacher.pth")
     published = "+model.teacher.published_accuracy.cifar10=90"
@@ -317,4 +322,82 @@ def test_a_difference_from_the_published_accuracy_is_a_warning_that_says_what_to
     assert "(published: 90.00 %)." in ran.out
     assert "The measured and the published accuracy differ by more than 1 point" in ran.out
     assert "teacher.mean=[0.1,0.2,0.3] teacher.std=[" in ran.out
+    monkeypatch.setattr(ImageData, "evaluation_batch_size", 5)
     assert "differ by more than" not in place.train(*common).out, "two batches are too few for a comparison"
+
+
+@pytest.mark.parametrize("limit", [0, 0.5])
+def test_the_teacher_answers_all_images_that_a_run_with_limited_validation_scores(place: Place, limit: float) -> None:
+    torch.manual_seed(0)
+    save_weights(resnet20(10), place.path / "teacher.pth")
+    limits = (f"trainer.limit_val_batches={limit}", "trainer.limit_test_batches=null", "data.val_size=20")
+    ran = place.train("method=kd", f"teacher.path={place.path / 'teacher.pth'}", *limits)
+    if limit:  # the 20 images are one batch
+        assert_refused(ran, "trainer.limit_val_batches=0.5 is less than one batch, because there are only 1")
+        return
+    assert (ran.code, ran.err) == (0, "")
+    result = result_of(place.folder("kd"))
+    assert "val" not in result
+    assert 0 <= result["test"]["agreement"] <= 1
+    assert [file.name[-12:] for file in (place.runs / "teachers").iterdir()] == ["test-all.npz"]
+
+
+# The teacher's classes
+
+
+def test_classes_that_share_a_name_are_taught_by_their_own_logits(cfg: DictConfig, tmp_path: Path) -> None:
+    """The teacher's accuracy is the same whether its classes have distinct names or not."""
+    torch.manual_seed(0)
+    network, found = resnet20(4), {}
+    for name, names in (("distinct", ["red", "green", "blue", "yellow"]), ("shared", ["red", "green", "red", "blue"])):
+        with np.load(cfg.data.path) as arrays:
+            np.savez(tmp_path / f"{name}.npz", **{**arrays, "class_names": np.array(names)})
+        save_weights(network, tmp_path / f"{name}.pth", class_names=names)
+        found[name] = measure(changed(cfg, data__path=str(tmp_path / f"{name}.npz")), tmp_path / f"{name}.pth")
+    distinct, shared = found.values()
+    assert distinct.facts.class_index is shared.facts.class_index is None
+    assert shared.facts.accuracy == distinct.facts.accuracy
+    assert same_predictions(shared, distinct)
+
+
+def same_predictions(one: Any, other: Any) -> bool:
+    return bool(one.predictions["test"].equal(other.predictions["test"]))
+
+
+def test_a_class_map_selects_the_teachers_classes(tmp_path: Path) -> None:
+    (tmp_path / "map.csv").write_text("cat,tabby\ndog,0\n")
+    file = saved(tmp_path / "a.pth", 3, class_names=["poodle", "ant", "tabby"])
+    teacher = load_teacher(options(class_map=str(tmp_path / "map.csv")), DATA, file)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    inner = teacher.network((images / 255 - 0.4) / 0.2)
+    torch.testing.assert_close(teacher.logits(images), inner[:, [2, 0]], atol=1e-4, rtol=1e-4)
+    assert make_untrained_teacher(options(class_map=str(tmp_path / "map.csv")), DATA).class_index is None
+
+
+def test_a_class_map_without_a_teacher_is_refused_before_one_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^teacher\.class_map=map\.csv needs a teacher that exists"):
+        find_teacher(options(store=str(tmp_path), class_map="map.csv"))
+
+
+def test_the_facts_of_a_file_come_before_those_of_its_library(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = [f"class {number}" for number in range(1000)]
+    save_weights(resnet18(), tmp_path / "a.pth", class_names=names, mean=[0.1, 0.2, 0.3])
+    cfg = options(source="torchvision/resnet18", path=str(tmp_path / "a.pth"))
+    own = SimpleNamespace(**{**vars(DATA), "class_names": ("class 7", "class 5")})
+    teacher = load_teacher(cfg, own, tmp_path / "a.pth")  # type: ignore[arg-type]
+    assert (teacher.class_index, teacher.mean) == ([7, 5], (0.1, 0.2, 0.3))
+    with pytest.raises(UserError, match=r"the teacher does not know 2, such as n02102040"):
+        load_teacher(cfg, PHOTOS, tmp_path / "a.pth")
+
+
+def test_a_file_in_the_store_that_states_other_data_is_refused(tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(**vars(DATA), source=SimpleNamespace(digest="a" * 64))
+    for digest, is_refused in (("a" * 64, False), ("b" * 64, True)):
+        file = saved(tmp_path / f"{digest[0]}.pth", data=digest)
+        if not is_refused:
+            assert load_teacher(options(), data, file).shapes((3, 16, 16)).logits == 2
+            continue
+        with pytest.raises(UserError, match=r"b\.pth was trained on other data that is called cifar100 too"):
+            load_teacher(options(), data, file)
+        load_teacher(options(path=str(file)), data, file)  # the user has named this very file

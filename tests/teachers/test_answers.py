@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
 
 from src.data.array_file import save_arrays
 from src.teachers.answers import Answers, answers_file, cache_key, view_store_file
@@ -108,6 +109,8 @@ def test_files_of_answers_differ_by_teacher_data_split_precision_and_number_of_b
     changed_data = tiny_data(tmp_path)
     changed_data.path = str(tmp_path / "other.npz")
     changed_data.load()
+    in_batches = tiny_data(tmp_path)
+    in_batches.evaluation_batch_size = 5  # 4 batches
     held_out.val_size = 4
     held_out.load()
     again = tiny_data(tmp_path)
@@ -118,12 +121,19 @@ def test_files_of_answers_differ_by_teacher_data_split_precision_and_number_of_b
         answers_file(cfg, tmp_path, key, changed_data, "test"),
         answers_file(cfg, tmp_path, key, held_out, "val"),
         answers_file(changed(cfg, trainer__precision="bf16-mixed"), tmp_path, key, data, "test"),
-        answers_file(changed(cfg, trainer__limit_val_batches=2), tmp_path, key, data, "test"),
+        *(answers_file(limited_to(cfg, limit), tmp_path, key, in_batches, "test") for limit in (1, 0.5)),
     ]
     assert len(set(files)) == len(files)
     assert {file.parent for file in files} == {tmp_path / "teachers"}
     assert answers_file(cfg, tmp_path, key, again, "test") == files[0]
     assert answers_file(cfg, tmp_path, key, held_out, "test") == files[0], "the test images are the same"
+    assert answers_file(limited_to(cfg, 2), tmp_path, key, in_batches, "test") == files[-1], "half of 4 batches are 2"
+    assert answers_file(limited_to(cfg, 1.0), tmp_path, key, in_batches, "test") == files[0], "these are all images"
+
+
+def limited_to(cfg: DictConfig, limit: float) -> DictConfig:
+    """Limit both evaluations of the test images."""
+    return changed(cfg, trainer__limit_val_batches=limit, trainer__limit_test_batches=limit)
 
 
 def test_files_of_view_stores_differ_by_everything_that_decides_an_answer(tmp_path: Path) -> None:

@@ -36,20 +36,19 @@ def test_the_copy_answers_like_the_file(tmp_path: Path, dtype: torch.dtype) -> N
     assert not copy.is_complete
     logits, unknown = copy.read(*other)
     expected, expected_unknown = file.read(*other)
-    assert unknown is not None
     assert unknown.tolist() == expected_unknown.tolist() == [False, True, False]
     assert torch.equal(logits[[0, 2]], expected[[0, 2]])
     assert logits.dtype == torch.float32
 
 
-def test_a_complete_copy_asks_nothing(tmp_path: Path) -> None:
+def test_a_complete_copy_knows_that_it_is_complete(tmp_path: Path) -> None:
     file, known = opened(tmp_path), places((0, 0), (6, 4))
     written = torch.randn(2, CLASSES)
     file.write(*known, written)
     copy = DeviceViewStore(file, rows((0, 0), (6, 4)), CPU)
     assert copy.is_complete
     logits, unknown = copy.read(*known)
-    assert unknown is None
+    assert not unknown.any()
     assert torch.equal(logits, written)
 
 
@@ -57,7 +56,6 @@ def test_a_view_that_the_run_does_not_need_gets_nan(tmp_path: Path) -> None:
     copy = DeviceViewStore(opened(tmp_path), rows((0, 0)), CPU)
     logits, unknown = copy.read(*places((1, 0)))
     assert logits.isnan().all()
-    assert unknown is not None
     assert not unknown.any()
 
 
@@ -65,13 +63,14 @@ def test_new_answers_are_known_at_once_and_reach_the_file(tmp_path: Path) -> Non
     file, some = opened(tmp_path), places((2, 1), (5, 3))
     copy = DeviceViewStore(file, rows((2, 1), (5, 3)), CPU)
     written = torch.randn(2, CLASSES)
-    copy.write(*some, written)
+    copy.write(*some, written, torch.tensor([True, False]))
     logits, unknown = copy.read(*some)
-    assert unknown is not None
     assert not unknown.any()
     assert torch.equal(logits, written)
     copy.flush()
-    assert torch.equal(opened(tmp_path).read(*some)[0], written)
+    stored, missing = opened(tmp_path).read(*some)
+    assert torch.equal(stored[0], written[0])
+    assert missing.tolist() == [False, True], "only new answers are written"
 
 
 def test_a_damaged_record_is_unknown(tmp_path: Path) -> None:
@@ -81,7 +80,6 @@ def test_a_damaged_record_is_unknown(tmp_path: Path) -> None:
     content[(1 * IMAGES + 2) * file.records.itemsize] ^= 1
     (tmp_path / "a.views").write_bytes(content)
     _, unknown = DeviceViewStore(file, rows((2, 1), (5, 3)), CPU).read(*some)
-    assert unknown is not None
     assert unknown.tolist() == [True, False]
 
 
@@ -92,14 +90,14 @@ def test_a_write_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
         raise UserError("the disk is full")
 
     monkeypatch.setattr(copy.store, "write", full)
-    copy.write(*places((2, 1)), torch.randn(1, CLASSES))
+    copy.write(*places((2, 1)), torch.randn(1, CLASSES), torch.tensor([True]))
     with pytest.raises(UserError, match="the disk is full"):
         copy.flush()
     copy.flush()  # it is reported once
     for _ in range(PENDING + 1):
         copy.pending.append(copy.writer.submit(full))
     with pytest.raises(UserError, match="the disk is full"):
-        copy.write(*places((2, 1)), torch.randn(1, CLASSES))
+        copy.write(*places((2, 1)), torch.randn(1, CLASSES), torch.tensor([True]))
 
 
 def test_the_bytes_of_a_copy_are_known_before_it_is_made(tmp_path: Path) -> None:

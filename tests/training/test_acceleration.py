@@ -19,43 +19,38 @@ def trainer(device: str, precision: str = "32-true", clip: float | None = None) 
     return SimpleNamespace(strategy=strategy, precision=precision, gradient_clip_val=clip)
 
 
-class Made:
-    """Record the options by which an optimiser is made. No GPU is needed."""
-
-    def __init__(self, **defaults: Any) -> None:
-        self.defaults = defaults
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, groups: Any, **options: Any) -> Any:
-        self.calls.append(options)
-        return self
-
-
 @pytest.mark.parametrize(
-    ("defaults", "device", "fused"),
+    ("options", "device", "fused"),
     [
-        ({"fused": None, "foreach": None}, "cuda", True),
-        ({"fused": None, "foreach": None}, "cpu", False),
-        ({"fused": False, "foreach": None}, "cuda", False),
-        ({"fused": None, "foreach": True}, "cuda", False),
-        ({}, "cuda", False),
+        ({}, "cuda", True),
+        ({}, "cpu", None),
+        ({"fused": False}, "cuda", False),
+        ({"foreach": True}, "cuda", None),
     ],
-    ids=["on a GPU", "on a CPU", "the user says no", "the user chooses foreach", "an optimiser without it"],
+    ids=["on a GPU", "on a CPU", "the user says no", "the user chooses foreach"],
 )
 def test_an_optimiser_is_fused_on_a_gpu_unless_the_configuration_chooses(
-    defaults: dict[str, Any], device: str, fused: bool
+    options: dict[str, Any], device: str, fused: bool | None
 ) -> None:
-    made: Any = Made(**defaults)
-    make_fused(made, [], trainer(device))
-    assert made.calls[-1] == ({"fused": True} if fused else {})
+    groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1 * number} for number in (1, 2)]
+    made = make_fused(partial(torch.optim.SGD, momentum=0.9, **options), groups, trainer(device))
+    assert [group["fused"] for group in made.param_groups] == [fused] * 2
+    assert [group["lr"] for group in made.param_groups] == [0.1, 0.2]
+    assert groups[0].keys() == {"params", "lr"}, "the groups are not changed"
 
 
-def test_the_defaults_of_real_optimisers_are_known() -> None:
+def test_an_optimiser_without_a_fused_kernel_stays_as_it_is() -> None:
     groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1}]
-    sgd, dot = partial(torch.optim.SGD, momentum=0.9), partial(DOT, momentum=0.9)
-    assert make_fused(sgd, groups, trainer("cuda")).defaults["fused"] is True
-    assert make_fused(sgd, groups, trainer("cpu")).defaults["fused"] is None
-    assert "fused" not in make_fused(dot, groups, trainer("cuda")).defaults
+    assert "fused" not in make_fused(partial(DOT, momentum=0.9), groups, trainer("cuda")).param_groups[0]
+
+
+def test_a_checkpoint_of_another_device_does_not_change_the_choice() -> None:
+    groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1}]
+    on_gpu, on_cpu = (make_fused(torch.optim.SGD, groups, trainer(device)) for device in ("cuda", "cpu"))
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    assert on_gpu.param_groups[0]["fused"] is True
+    on_cpu.load_state_dict(on_gpu.state_dict())
+    assert on_cpu.param_groups[0]["fused"] is None
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ def test_the_defaults_of_real_optimisers_are_known() -> None:
 def test_lightning_can_clip_scaled_gradients(precision: str, clip: float | None, fused: bool | None) -> None:
     groups = [{"params": [torch.zeros(2, requires_grad=True)], "lr": 0.1}]
     made = make_fused(torch.optim.SGD, groups, trainer("cuda", precision, clip))
-    assert made.defaults["fused"] is fused
+    assert made.param_groups[0]["fused"] is fused
 
 
 class FakeStream:

@@ -99,6 +99,17 @@ def test_processes_of_every_launcher_train_the_same_runs(tmp_path: Path, sources
     assert {path.name for path in (tmp_path / "started" / "runs").iterdir()} == {"multirun.yaml", "teachers", "tiny"}
 
 
+def test_a_time_budget_ends_all_processes_after_the_same_step(tmp_path: Path, sources: tuple[str, ...]) -> None:
+    """The time is over at once, so the command trains to the next step at which the processes wait for each other."""
+    two = (*SMALL, *sources, "trainer=ddp_cpu", "schedule.epochs=3", "logger=none", "method=vanilla")
+    budget = "+trainer.max_time={milliseconds: 1}"
+    paused = python(tmp_path / "paused", "src.train", *two, budget)
+    assert (paused.returncode, paused.stderr) == (0, "")
+    assert paused.stdout.splitlines()[-1].endswith("of 3 epochs. The same command resumes.")
+    assert not list(tmp_path.rglob("result.json"))
+    assert not list(tmp_path.rglob("failure.txt"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
 def test_a_sweep_by_the_launcher_of_a_cluster(tmp_path: Path, sources: tuple[str, ...], launcher: str) -> None:

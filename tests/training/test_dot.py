@@ -20,8 +20,8 @@ from tests.helpers.tiny import kd, same, tiny_data, tiny_distiller, tiny_teacher
 RATE, MOMENTUM, DELTA, DECAY = 0.1, 0.9, 0.075, 0.01
 
 
-def no_reduction(gradient: Tensor) -> Tensor:
-    return gradient
+def no_reduction(gradients: list[Tensor]) -> list[Tensor]:
+    return gradients
 
 
 def test_updates_match_the_equations() -> None:

@@ -301,6 +301,31 @@ def test_wandb_says_its_own_line(
     assert lines(caplog) == []
 
 
+def test_a_logger_that_cannot_start_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def csv_logger(folder: Path) -> None:
+        raise ConnectionError("There is no server.")
+
+    monkeypatch.setattr("src.runs.loggers.csv_logger", csv_logger)
+    assert make_logger(configure("method=vanilla", "logger=csv"), tmp_path) is False
+    assert caplog.messages[-1].startswith("The logger failed (ConnectionError: There is no server). The run goes on")
+
+
+def test_training_goes_on_without_a_logger_that_fails(
+    data: ArrayData, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_metrics(*_: Any) -> None:
+        raise BrokenPipeError("the service has ended")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.log_metrics", log_metrics)
+    with_logger, without_logger = tiny_distiller(data, Vanilla()), tiny_distiller(data, Vanilla())
+    fit(changed(config(), logger=configure("logger=csv").logger), with_logger, data, folder)
+    fit(config(), without_logger, data, folder.with_name("other"))
+    assert same(weights(with_logger), weights(without_logger))
+    assert sum("The logger failed (BrokenPipeError" in message for message in caplog.messages) == 1
+
+
 @pytest.mark.parametrize(("batch_size", "devices", "fits"), [(8, 2, True), (9, 2, False), (9, 1, True)])
 def test_the_global_batch_must_divide_by_the_devices(batch_size: int, devices: int, fits: bool) -> None:
     strategy = "ddp_fork" if devices > 1 else "auto"
@@ -317,6 +342,14 @@ def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match=r"This machine cannot run the configured trainer \(.*\): try trainer=auto\."):
         make_trainer(config(trainer__accelerator="cuda"))
+
+
+def test_an_object_within_the_trainer_that_cannot_be_made_is_named() -> None:
+    callbacks = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.EarlyStopping}]"
+    with pytest.raises(
+        UserError, match=r"^The options of trainer\.callbacks\[0\] do not fit its _target_: .*'monitor'"
+    ):
+        make_trainer(configure("trainer=cpu", callbacks), logger=False, enable_checkpointing=False)
 
 
 def test_arguments_override_the_configured_trainer() -> None:

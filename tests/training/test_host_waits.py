@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -13,12 +14,14 @@ from src.data.array_data import ArrayReader
 from src.data.image_data import EpochBatches, Samples
 from src.data.views import normalise
 from src.runs.history import History
+from src.teachers.device_view_store import DeviceViewStore
+from src.teachers.view_store import ViewStore
 from src.training.distiller import Distiller
 from src.training.serialization import Parallel, Serial, Serialization
 from src.training.term_log import TermLog
 from tests.helpers.fake_cuda import CUDA, HostWaits, fake_cuda, to_fake_cuda
 from tests.helpers.methods import LOGIT_METHODS, STEPS, made_for_steps, method_of
-from tests.helpers.tiny import kd, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer
+from tests.helpers.tiny import CLASSES, kd, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer
 
 IMAGES, BATCH = 44, 8
 FIRST_STEP = {"crd": ["aten._local_scalar_dense.default"]}
@@ -38,6 +41,10 @@ def steps_on_fake_cuda(folder: Path, distiller: Distiller, steps: int = 2) -> li
         if (teacher := distiller.teacher) is not None:
             to_fake_cuda(teacher.network, mode)
             teacher.normalisation = to_fake_cuda(teacher.normalisation, mode)
+            if isinstance(store := teacher.view_store, DeviceViewStore):
+                store.logits, store.unknown, store.slots = to_fake_cuda(
+                    [store.logits, store.unknown, store.slots], mode
+                )
             teacher.columns = None if teacher.columns is None else to_fake_cuda(teacher.columns, mode)
         images, labels = (to_fake_cuda(each, mode) for each in (data.arrays.train_images, data.arrays.train_labels))
         reader = ArrayReader(images, labels, None)
@@ -99,6 +106,23 @@ def test_a_teacher_of_another_class_order_and_size_on_a_fake_gpu_waits_for_nothi
     distiller.teacher.select_classes([2, 0, 1, 3])
     distiller.teacher.image_size = 24
     assert steps_on_fake_cuda(tmp_path, distiller) == [[], []]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["all answers", "no answers"])
+def test_a_view_store_on_a_fake_gpu_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    distiller = prepared(tmp_path, "kd")
+    data, teacher = tiny_data(tmp_path), distiller.teacher
+    assert teacher is not None
+    store = ViewStore(tmp_path / "a.views", IMAGES, data.view_count(1), CLASSES)
+    teacher.view_store = copy = DeviceViewStore(store, data.view_records(1), torch.device("cpu"))
+    copy.is_complete = known
+    writer = Mock()  # the thread may wait
+    monkeypatch.setattr(copy, "writer", writer)
+    monkeypatch.setattr(torch.cuda, "Event", Mock())
+    assert steps_on_fake_cuda(tmp_path, distiller) == [[], []]
+    assert writer.submit.call_count == (0 if known else 2)
 
 
 def test_an_evaluation_batch_on_a_fake_gpu_waits_for_nothing(tmp_path: Path) -> None:

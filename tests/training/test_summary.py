@@ -72,6 +72,26 @@ def test_held_out_images_are_validated_and_the_test_set_is_evaluated_once(tmp_pa
     assert result.best_epoch.split == "val"
 
 
+@pytest.mark.parametrize("limit", [0, 0.5, 1, 2])
+def test_all_test_images_are_scored_at_the_end_of_a_run_with_limited_validation(tmp_path: Path, limit: float) -> None:
+    expected, *_ = run(tmp_path, tiny_data(tmp_path))
+    data = tiny_data(tmp_path)
+    data.evaluation_batch_size = 5  # 4 batches
+    result, rows, _ = run(tmp_path, data, trainer__limit_val_batches=limit)
+    assert result.test.accuracy == pytest.approx(expected.test.accuracy)
+    assert all(("test/accuracy" in row) == bool(limit) for row in rows)
+    assert (result.best_epoch is None) == (limit == 0)
+
+
+def test_without_validation_the_result_has_no_validation_metrics(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    data.val_size = 8
+    data.load()
+    result, _, _ = run(tmp_path, data, data__val_size=8, trainer__limit_val_batches=0)
+    assert result.val is None
+    assert result.test.accuracy > 0
+
+
 def test_without_an_evaluated_epoch_there_is_no_best_epoch(tmp_path: Path) -> None:
     result, rows, _ = run(tmp_path, tiny_data(tmp_path), trainer__check_val_every_n_epoch=5)
     assert not any("test/accuracy" in row for row in rows)

@@ -129,7 +129,7 @@ def test_no_checkpoint_is_written_between_a_nan_and_its_discovery(tmp_path: Path
     assert all(value.isfinite().all() for value in found[1]["state_dict"].values())
 
 
-def test_a_check_reads_only_the_steps_since_the_last_one() -> None:
+def test_a_check_adds_the_steps_since_the_last_one() -> None:
     log, shown = TermLog(2), list[float]()
     module: Any = SimpleNamespace(
         weighted_terms={"a": torch.tensor(1.0), "b": torch.tensor(2.0)},
@@ -141,10 +141,13 @@ def test_a_check_reads_only_the_steps_since_the_last_one() -> None:
         strategy=SimpleNamespace(root_device=torch.device("cpu")),
         world_size=1,
         current_epoch=0,
+        global_step=1,
+        log_every_n_steps=0,
     )
     for _ in range(5):
         log.on_before_backward(trainer, module, torch.tensor(3.0))
-    assert (len(log.rows), log.checked, shown) == (5, 4, [3.0, 3.0])
+        log.on_train_batch_end(trainer, module, None, None, 0)
+    assert (len(log.rows), shown) == (1, [3.0, 3.0])
     checkpoint: dict[str, Any] = {}
     log.on_save_checkpoint(trainer, module, checkpoint)
     assert (log.rows, log.checked) == ([], 0)
@@ -159,7 +162,7 @@ def test_a_gpu_is_waited_for_as_often_as_the_loggers_need(device: str, wanted: i
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), log_every_n_steps=50)
     assert steps_between_waits(trainer, wanted) == steps
     trainer.log_every_n_steps = 0
-    assert steps_between_waits(trainer, wanted) == (steps if steps != 50 else 1)
+    assert steps_between_waits(trainer, wanted) == steps
 
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast", "barrier")
@@ -229,3 +232,26 @@ def test_a_nan_on_one_of_two_devices_stops_both(tmp_path: Path) -> None:
         trainer = tiny_trainer(2, devices=2, strategy="ddp_fork", callbacks=[TermLog(50)], log_every_n_steps=4)
         with pytest.raises(Exception, match="not finite in epoch 0, batch 2"):
             trainer.fit(tiny_distiller(data, OnOneDevice(), teacher=tiny_teacher()), datamodule=data)
+
+
+def test_a_decomposition_that_fails_on_a_nan_names_the_nan(tmp_path: Path) -> None:
+    class Decomposing(Growing):
+        def distillation(self, logits: Any, batch: Any) -> dict[str, torch.Tensor]:
+            if batch.step == 3:
+                raise torch.linalg.LinAlgError("the input has a NaN")  # type: ignore[attr-defined]
+            return super().distillation(logits, batch)
+
+    trainer = tiny_trainer(2, callbacks=[TermLog(50)], limit_val_batches=0)
+    with pytest.raises(UserError, match="not finite in epoch 0, batch 2"):
+        trainer.fit(
+            tiny_distiller(tiny_data(tmp_path), Decomposing(2), teacher=tiny_teacher()), datamodule=tiny_data(tmp_path)
+        )
+
+
+def test_a_nan_at_the_end_of_an_epoch_is_found_before_the_validation(tmp_path: Path) -> None:
+    trainer = tiny_trainer(1, callbacks=[TermLog(50)])
+    with pytest.raises(UserError, match="not finite in epoch 0, batch 4"):
+        trainer.fit(
+            tiny_distiller(tiny_data(tmp_path), Growing(4), teacher=tiny_teacher()), datamodule=tiny_data(tmp_path)
+        )
+    assert "test/accuracy" not in trainer.callback_metrics

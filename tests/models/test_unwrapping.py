@@ -1,0 +1,75 @@
+"""The weights of a network are found by its names and shapes, at any place of a file and after any prefix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.common.errors import UserError
+from src.models.unwrapping import find_weights, is_weight, state_dicts
+
+FILE = Path("a.pth")
+EXPECTED = {"conv.weight": torch.zeros(2, 3), "fc.weight": torch.zeros(4, 2), "bn.num_batches_tracked": torch.tensor(0)}
+
+
+def weights(value: float = 1.0, classes: int = 4) -> dict[str, Tensor]:
+    return {"conv.weight": torch.full((2, 3), value), "fc.weight": torch.full((classes, 2), value)}
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "prefix"),
+    [
+        (weights(), (), ""),
+        ({"a": {"b": prefixed("c.d.", weights())}}, ("a", "b"), "c.d."),
+        ({"a": weights(), "b": {"conv.weight": torch.ones(2, 3)}}, ("a",), ""),
+        ({**prefixed("big.", weights(classes=7)), **prefixed("small.", weights())}, (), "small."),
+        ({**prefixed("x.", weights()), **prefixed("y.", {**weights(), "more": torch.ones(1)})}, (), "x."),
+    ],
+)
+def test_the_place_and_the_prefix_are_found(content: Any, place: tuple[str, ...], prefix: str) -> None:
+    found = find_weights(content, EXPECTED, FILE)
+    assert found is not None
+    assert (found.place, found.prefix, found.differences) == (place, prefix, [])
+    assert {name: value.tolist() for name, value in found.tensors.items()} == {
+        name: value.tolist() for name, value in weights().items()
+    }
+
+
+def test_the_best_candidate_is_returned_with_its_differences() -> None:
+    content = {"part": {"conv.weight": torch.ones(2, 3)}, "other": weights(classes=7)}
+    found = find_weights({**content, "more": {**weights(), "new": torch.ones(1)}}, EXPECTED, FILE)
+    assert found is not None
+    assert (found.label, found.differences) == ("more.*", ["'new' is unknown"])
+
+
+def test_names_can_be_left_out() -> None:
+    found = find_weights(weights(classes=7), EXPECTED, FILE, without=["fc.weight"])
+    assert found is not None
+    assert (list(found.tensors), found.differences) == (["conv.weight"], [])
+
+
+@pytest.mark.parametrize("content", [None, [], {}, {"a": torch.ones(1)}, {"a": {"b": {}}}, {0: weights()}])
+def test_files_without_a_name_of_the_network_have_no_candidate(content: Any) -> None:
+    assert find_weights(content, EXPECTED, FILE) is None
+
+
+def test_a_tie_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^a\.pth holds .* more than once \(x\.\*, y\.\*\): give a file"):
+        find_weights({"x": weights(1), "y": weights(2)}, EXPECTED, FILE)
+
+
+def test_a_dict_in_itself_ends_the_search() -> None:
+    content: dict[str, Any] = {"w": torch.ones(1)}
+    content["self"] = content
+    assert len(list(state_dicts(content))) < 10
+
+
+@pytest.mark.parametrize("value", [1, torch.ones(2).bool(), torch.eye(2).to_sparse(), torch.ones(2, device="meta")])
+def test_other_tensors_are_not_weights(value: Any) -> None:
+    assert not is_weight(value)
