@@ -57,7 +57,7 @@ def sweep(folder: Path, *arguments: str, gpus: str = "3,5") -> Ran:
 def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, Path]:
     """A sweep of four jobs in two processes. Jobs 1 and 2 fail."""
     folder = tmp_path_factory.mktemp("failed")
-    url = f"+url=https://user:{TOKEN}@host"
+    url = f"url=https://user:{TOKEN}@host"
     return sweep(folder, "jobs=2", "number=0,1,2,3", url), folder
 
 

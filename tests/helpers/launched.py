@@ -24,6 +24,7 @@ class Options:
     folder: str = "."
     number: int = 0
     jobs: int = 1
+    url: str | None = None
 
 
 ConfigStore.instance().store("launched", Options)

