@@ -1,4 +1,4 @@
-"""What the rows of `benchmarks.gpu` share: sizes, settings, data, the time that is left, and one finding."""
+"""Sizes, settings, data, deadlines and findings shared by the rows of `benchmarks.gpu`."""
 
 import statistics
 import time

@@ -29,7 +29,7 @@ STOP = 0
 
 
 class Task(NamedTuple):
-    """What a process trains."""
+    """The training of one process."""
 
     folder: Path
     images: Path

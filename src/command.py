@@ -185,7 +185,7 @@ def _lacks_shared_memory(error: BaseException) -> bool:
 
 
 def set_up_process() -> None:
-    """Silence messages on which nobody can act, redact secrets, and let Hydra pass errors on.
+    """Silence unhelpful messages, redact secrets from logs and stderr, and let Hydra raise its errors.
 
     Every process that runs a job needs this, once. Further calls change nothing.
     """

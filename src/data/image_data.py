@@ -17,7 +17,7 @@ from src.data.source import Source, Split, distinct_names
 from src.data.views import SPLIT_STREAM, epoch_order, random_bits
 
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
-"""What the images of a split are used for, in words."""
+"""Descriptions of the use of each split."""
 
 
 class Samples(NamedTuple):

@@ -31,7 +31,7 @@ REDUCTION = 8
 
 
 class Checked(NamedTuple):
-    """What the check has found. Photos are named by their path below the folder of all splits."""
+    """The result of the check. Photos are named by their path below the folder of all splits."""
 
     unreadable: dict[str, str]
     """By photo, what is wrong with it."""
