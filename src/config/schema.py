@@ -1,11 +1,12 @@
-"""The options of all commands: their types, their defaults, their limits and two marks.
+"""The options of all commands: their types, their defaults, their limits and their marks.
 
 Hydra checks the types when it composes a configuration. The limits are part of the annotations, and
 `src/config/validation.py` checks them. Groups typed `Any` are validated by the class that their `_target_` names.
 
 By default, an option is part of a run's identity. The mark `no_effect` makes an exception. The mark `by_content` puts a
-file's content into the identity instead of its path. By default, a teacher that has to be trained first is trained with
-the same option as the student. The mark `student_only` makes an exception.
+file's content into the identity instead of its path. The mark `added` keeps the names of earlier run folders. By
+default, a teacher that has to be trained first is trained with the same option as the student. The mark `student_only`
+makes an exception.
 """
 
 from dataclasses import dataclass, field, fields
@@ -33,8 +34,13 @@ def by_content(default: Any = None) -> Any:
     return field(default=default, metadata={"by_content": True})
 
 
+def added(default: Any = None, **marks: bool) -> Any:
+    """Declare an option that earlier runs did not have. With its default it is not part of a run's identity."""
+    return field(default=default, metadata={"added": True, **marks})
+
+
 def marked(schema: type, mark: str) -> list[str]:
-    """List the options of a schema that have a mark: `no_effect`, `student_only` or `by_content`.
+    """List the options of a schema that have a mark: `no_effect`, `student_only`, `by_content` or `added`.
 
     >>> marked(TrainOptions, "no_effect")
     ['gradients', 'logger', 'runs', 'checkpoint_minutes', 'check_loss_every_n_steps', 'start_over']
@@ -175,10 +181,10 @@ class FolderDataOptions(PhotoDataOptions):
     """Photos in folders (`src/data/folder_data.py`)."""
 
     _target_: str = "src.data.folder_data.FolderData"
-    train_folder: str | None = None
+    train_folder: str | None = added()
     """The folders of the splits in `root`. None: train/, and val/ or test/ or both, as they are there."""
-    val_folder: str | None = None
-    test_folder: str | None = None
+    val_folder: str | None = added()
+    test_folder: str | None = added()
     skip_corrupt: bool = no_effect(False)
     """Leave out photos that cannot be read. Without it there is no run, so that no two results can differ by it."""
 
@@ -241,7 +247,7 @@ class TeacherOptions:
     path: str | None = by_content()
     source: str | None = "${oc.select:model.teacher.weights,null}"
     allow_program: bool = no_effect(False)
-    class_map: str | None = by_content()
+    class_map: str | None = added(by_content=True)
     """A file that names the teacher's class for each class of the data (`src/teachers/class_order.py`)."""
     mean: Channels | None = None
     std: Channels | None = None
@@ -265,7 +271,7 @@ class StudentOptions:
 
     path: str | None = by_content()
     source: str | None = None
-    new_head: bool = False
+    new_head: bool = added(False)
     """Load the file at `path` without its last layer, which is trained from fresh weights."""
 
 
@@ -298,7 +304,7 @@ class TrainOptions:
     seed: int = 0
     channels_last: bool = True
     compile: bool = False
-    tf32: bool = True
+    tf32: bool = added(True)
     winograd: bool = False
     runs: str = no_effect("runs")
     checkpoint_minutes: NonNegativeFloat = no_effect(10)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         ("data", data_schema(cfg.data._target_)),
         ("trainer", TrainerOptions),
         ("teacher", TeacherOptions),
+        ("student", StudentOptions),
         ("method", MethodOptions),
         ("also", MethodOptions),
     ):
@@ -39,15 +41,6 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             decides["model"][role] = _without_marked(network, NetworkOptions)
     if decides["trainer"].get("sync_batchnorm"):  # with it, several devices compute the same as one device
         del decides["trainer"]["sync_batchnorm"]
-    if decides["tf32"] is True:  # torch's default, and that of the runs before this option existed
-        del decides["tf32"]
-    for folder in ("train_folder", "val_folder", "test_folder"):
-        if decides["data"].get(folder) is None:  # as in the runs before these options existed
-            decides["data"].pop(folder, None)
-    if not decides["student"].get("new_head"):  # as in the runs before this option existed
-        decides["student"].pop("new_head", None)
-    if decides["teacher"].get("class_map") is None:  # as in the runs before this option existed
-        decides["teacher"].pop("class_map", None)
     if not needs_teacher(cfg):
         decides["model"] = {"student": decides["model"]["student"]}
         del decides["teacher"]
@@ -71,10 +64,16 @@ def _content(path: str | None, name: str | None) -> str | None:
 
 
 def _without_marked(options: Any, schema: type) -> Any:
-    """Drop the options that cannot change a result. A group that is switched off stays None."""
+    """Drop the options that cannot change a result, and added options that have their default.
+
+    A group that is switched off stays None.
+    """
     if options is None:
         return None
-    return {name: value for name, value in options.items() if name not in marked(schema, "no_effect")}
+    defaults = {option.name: option.default for option in fields(schema)}
+    added = {name for name in marked(schema, "added") if options.get(name) == defaults[name]}
+    dropped = {*marked(schema, "no_effect"), *added}
+    return {name: value for name, value in options.items() if name not in dropped}
 
 
 def run_path(cfg: DictConfig) -> Path:

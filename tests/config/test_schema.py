@@ -96,7 +96,7 @@ def test_an_option_has_only_known_marks() -> None:
         MethodOptions,
     ]
     marks = {mark for schema in schemas for option in dataclasses.fields(schema) for mark in option.metadata}
-    assert marks == {"no_effect", "by_content", "student_only"}
+    assert marks == {"no_effect", "by_content", "student_only", "added"}
 
 
 # Data
