@@ -31,30 +31,7 @@ from src.models.network import Network
 from src.models.resnet import resnet8, resnet20, resnet56
 from src.models.slimnet import slimnet_300k
 from src.models.wide_resnet import wrn_16_1
-
-State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def state() -> State:
-    torch.manual_seed(0)
-    return trained(resnet8(10)).state_dict()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "network.pth"
-
-
-def trained(network: Network) -> Network:
-    """Run a batch in training mode, so that the statistics of batch norms differ from a fresh network's."""
-    with torch.no_grad():
-        network.train()(torch.randn(4, 3, 32, 32))
-    return network.eval()
-
-
-def prefixed(prefix: str, state: State) -> State:
-    return {prefix + name: value for name, value in state.items()}
+from tests.helpers.checkpoints import State, prefixed, trained
 
 
 def optimizer_state() -> dict[str, Any]:

@@ -7,37 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from src.common.errors import UserError
 from src.models.checkpoints import load_weights
-from src.models.network import Network
 from src.models.resnet import resnet8, resnet20
-
-State = dict[str, Tensor]
-
-
-def trained(network: Network) -> Network:
-    """Run a batch in training mode, so that the statistics of batch norms differ from a fresh network's."""
-    with torch.no_grad():
-        network.train()(torch.randn(4, 3, 32, 32))
-    return network.eval()
-
-
-def prefixed(prefix: str, state: State) -> State:
-    return {prefix + name: value for name, value in state.items()}
-
-
-@pytest.fixture(scope="module")
-def state() -> State:
-    torch.manual_seed(0)
-    return trained(resnet8(10)).state_dict()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "network.pth"
-
+from tests.helpers.checkpoints import State, prefixed, trained
 
 PREFIXED: dict[str, Callable[[State], Any]] = {
     "net.": lambda state: {"state_dict": prefixed("net.", state)},

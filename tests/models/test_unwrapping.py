@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.common.errors import UserError
 from src.models.unwrapping import find_weights, is_weight, state_dicts
+from tests.helpers.checkpoints import prefixed
 
 FILE = Path("a.pth")
 EXPECTED = {"conv.weight": torch.zeros(2, 3), "fc.weight": torch.zeros(4, 2), "bn.num_batches_tracked": torch.tensor(0)}
@@ -16,10 +17,6 @@ EXPECTED = {"conv.weight": torch.zeros(2, 3), "fc.weight": torch.zeros(4, 2), "b
 
 def weights(value: float = 1.0, classes: int = 4) -> dict[str, Tensor]:
     return {"conv.weight": torch.full((2, 3), value), "fc.weight": torch.full((classes, 2), value)}
-
-
-def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize(
