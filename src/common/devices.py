@@ -1,7 +1,5 @@
 """Facts about the device that trains."""
 
-from typing import Any
-
 import torch
 from lightning import Trainer
 
@@ -21,6 +19,12 @@ def fits_in_memory(size: int, device: torch.device) -> bool:
     return 3 * size <= free + kept
 
 
+def steps_between_logs(trainer: Trainer) -> int:
+    """Return the trainer's `log_every_n_steps`. 0 means that nothing is logged by step."""
+    interval: int = vars(trainer)["log_every_n_steps"]  # Lightning does not declare this attribute
+    return interval
+
+
 def steps_between_waits(trainer: Trainer, wanted: int | None) -> int:
     """Return the number of steps after which the host may wait for the device.
 
@@ -30,5 +34,4 @@ def steps_between_waits(trainer: Trainer, wanted: int | None) -> int:
     """
     if wanted is not None:
         return wanted
-    interval: Any = vars(trainer)["log_every_n_steps"]  # Lightning does not declare this attribute
-    return 1 if trainer.strategy.root_device.type == "cpu" else interval or 50
+    return 1 if trainer.strategy.root_device.type == "cpu" else steps_between_logs(trainer) or 50

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from src.common.devices import steps_between_waits
+from src.common.devices import steps_between_logs, steps_between_waits
 from src.common.errors import UserError
 from src.training.acceleration import mean_over_devices
 
@@ -65,7 +65,7 @@ class TermLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check the terms if that is due. Log the terms of this step if it is the turn of the loggers."""
-        interval: Any = vars(trainer)["log_every_n_steps"]  # Lightning does not declare this attribute
+        interval = steps_between_logs(trainer)
         turn = interval and trainer.global_step % interval == 0
         # Several devices meet only where the loggers log, unless the configuration asks for more checks.
         check_every = self.check_every if trainer.world_size > 1 else steps_between_waits(trainer, self.check_every)
