@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import distributed
 
 import src.config  # noqa: F401  # registers the schemas and resolvers of conf/
+from src.common.allocator import keep_freed_memory
 from src.common.errors import UserError
 from src.common.gpus import pin_gpu
 from src.common.secrecy import RedactingRecord, RedactingStream, without_secrets
@@ -185,10 +186,11 @@ def _lacks_shared_memory(error: BaseException) -> bool:
 
 
 def set_up_process() -> None:
-    """Silence unhelpful messages, redact secrets from logs and stderr, and let Hydra raise its errors.
+    """Silence unhelpful messages, redact secrets from logs and stderr, and let Hydra raise its errors. Keep memory.
 
     Every process that runs a job needs this, once. Further calls change nothing.
     """
+    keep_freed_memory()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     logging.setLogRecordFactory(RedactingRecord)
     if not isinstance(sys.stderr, RedactingStream):

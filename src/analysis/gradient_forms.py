@@ -42,13 +42,19 @@ def explicit_transfer_gradient(
     weighting: Weighting = "ratio",
     max_weight: float = 10.0,
     confidence_term: bool = True,
+    weight_temperature: float | None = None,
 ) -> Tensor:
     """Compute the gradient of each sample's L_AEKT at u, w (1 - p_t) (p' - onehot(t)), [B, C].
 
-    Without the confidence term (the ablation of the paper's Figure B.1) it is w (p' - onehot(t)).
+    Without the confidence term (the ablation of the paper's Figure B.1) it is w (p' - onehot(t)). p_t and q_t of the
+    weight w are taken at `weight_temperature` (None: at `temperature`).
     """
-    student, teacher = (target_log_odds(logits, target, temperature) for logits in (student_logits, teacher_logits))
-    weight = explicit_weight(F.logsigmoid(student), F.logsigmoid(teacher), weighting, max_weight)
+    log_p, log_q = (
+        F.logsigmoid(target_log_odds(logits, target, weight_temperature or temperature))
+        for logits in (student_logits, teacher_logits)
+    )
+    weight = explicit_weight(log_p, log_q, weighting, max_weight)
+    student = target_log_odds(student_logits, target, temperature)
     size = weight * (-student).sigmoid() if confidence_term else weight
     return size[:, None] * target_direction(student_logits, target, temperature)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from src.common.duration import duration
 
@@ -97,6 +97,7 @@ def _check_limit(value: float) -> float:
 
 Name = Annotated[str, AfterValidator(_check_name)]
 Channels = Annotated[list[float], AfterValidator(_check_channels)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Limit = Annotated[NonNegativeFloat, AfterValidator(_check_limit)]
 PositiveLimit = Annotated[PositiveFloat, AfterValidator(_check_limit)]
 
@@ -146,6 +147,10 @@ class DataOptions:
     mean: Channels | None = None
     std: Channels | None = None
     flip: bool = True
+    fixed_views: PositiveInt | None = added()
+    """The number of different views of an image in the whole training. None: a new view in each epoch."""
+    wrong_labels: Share = added(0.0)
+    """The share of training images that get the label of another class, to study label noise."""
 
 
 @dataclass

@@ -115,7 +115,15 @@ class ArrayData(ImageData):
 
     def draw(self, index: Tensor, epoch: int, view: int) -> Tensor:
         """Draw the view numbers [B] int64 of the training images at the positions `index` [B]."""
-        return draw_views(index, seed=self.seed, epoch=epoch, padding=self.padding, flip=self.flip, view=view)
+        return draw_views(
+            index,
+            seed=self.seed,
+            epoch=epoch,
+            padding=self.padding,
+            flip=self.flip,
+            view=view,
+            fixed_views=self.fixed_views,
+        )
 
     def augment(self, batch: Samples, epoch: int) -> Samples:
         """Replace the images by their views in `epoch`."""

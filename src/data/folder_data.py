@@ -18,7 +18,7 @@ from src.data.photo_check import check_photos, describe_unreadable
 from src.data.photo_folders import Listing, check_classes, list_photos, listing_digest, split_folders, unread_notes
 from src.data.photos import Photo, centre, crop_and_resize, reduction
 from src.data.source import Source, Split
-from src.data.views import FIRST_VIEW, random_bits, resized_crop_boxes
+from src.data.views import FIRST_VIEW, DrawnView, draw_fixed_view, random_bits, resized_crop_boxes
 
 RATIO = (3 / 4, 4 / 3)
 """Range of width / height of training crops. torchvision's default, which everybody uses."""
@@ -88,7 +88,8 @@ class TrainingReader(Reader):
     """Reads random crops of each photo.
 
     A crop is determined by 63 random bits of (seed, epoch, position, view). View v of an epoch has the number
-    epoch * views_per_image + v.
+    epoch * views_per_image + v. With `fixed_views`, the crop is one of so many that a photo has in all epochs, and the
+    number is that of the crop.
     """
 
     photos: Photos
@@ -99,6 +100,7 @@ class TrainingReader(Reader):
     flip: bool
     views_per_image: int
     seed: int
+    fixed_views: int | None = None
 
     def __getitem__(self, share: Share) -> Samples:
         """Return the views of the share's epoch at these positions of the split."""
@@ -106,9 +108,9 @@ class TrainingReader(Reader):
         rows = index if self.index is None else self.index[index]
         photos = _open_photos(self.photos, rows)
         heights, widths = torch.tensor([(photo.height, photo.width) for photo in photos]).T
-        bits = [random_bits(self.seed, share.epoch, index, FIRST_VIEW + view) for view in range(self.views_per_image)]
-        crops = [_as_lists(*resized_crop_boxes(drawn, heights, widths, self.scale, RATIO)) for drawn in bits]
-        batches = [_empty_images(len(rows), self.size) for _ in bits]
+        drawn = [self._draw(index, share.epoch, view) for view in range(self.views_per_image)]
+        crops = [_as_lists(*resized_crop_boxes(each.bits, heights, widths, self.scale, RATIO)) for each in drawn]
+        batches = [_empty_images(len(rows), self.size) for _ in drawn]
         for i, photo in enumerate(photos):
             decoded: dict[int, tuple[Image.Image, int]] = {}  # by reduction: views of the same reduction share it
             for crops_of_view, (_, pixels) in zip(crops, batches, strict=True):
@@ -117,10 +119,15 @@ class TrainingReader(Reader):
                 if reduced not in decoded:
                     decoded[reduced] = photo.decode(reduced)
                 pixels[i] = crop_and_resize(*decoded[reduced], box, self.size, mirrored and self.flip)
-        numbers = tuple(
-            torch.full_like(index, share.epoch * self.views_per_image + view) for view in range(self.views_per_image)
-        )
+        numbers = tuple(each.number for each in drawn)
         return Samples(tuple(images for images, _ in batches), self.labels[rows], index, numbers)
+
+    def _draw(self, index: Tensor, epoch: int, view: int) -> DrawnView:
+        """Draw number and random bits of a view of each photo."""
+        if self.fixed_views is not None:
+            return draw_fixed_view(index, self.fixed_views, seed=self.seed, epoch=epoch, view=view)
+        number = torch.full_like(index, epoch * self.views_per_image + view)
+        return DrawnView(number, random_bits(self.seed, epoch, index, FIRST_VIEW + view))
 
 
 def _open_photos(photos: Photos, rows: Tensor) -> list[Photo]:
@@ -252,14 +259,18 @@ class FolderData(ImageData):
                 self.flip,
                 self.views_per_image,
                 self.seed,
+                self.fixed_views,
             )
         return EvaluationReader(self.photos[split], labels, index, self.resize, self.image_size)
 
     @property
     def views_name(self) -> str:
-        """The settings that determine the crops, as part of a file name. They include the seed."""
+        """The settings that determine the crops, as part of a file name. Fixed views are the same for all seeds."""
         low, high = self.scale
-        return f"{self.image_size}-{low}-{high}-{self.flip}-{self.views_per_image}-seed{self.seed}"
+        crops = f"{self.image_size}-{low}-{high}-{self.flip}"
+        if self.fixed_views is not None:
+            return f"{crops}-fixed"
+        return f"{crops}-{self.views_per_image}-seed{self.seed}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.common.errors import UserError
 from src.data.source import Source, Split, distinct_names
-from src.data.views import SPLIT_STREAM, epoch_order, random_bits
+from src.data.views import SPLIT_STREAM, WRONG_LABELS, epoch_order, random_bits, uniform
 
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 """Descriptions of the use of each split."""
@@ -145,6 +145,8 @@ class ImageData(L.LightningDataModule):
         batch_size: int,
         seed: int,
         views_per_image: int = 1,
+        fixed_views: int | None = None,
+        wrong_labels: float = 0.0,
     ) -> None:
         super().__init__()
         self.name = name
@@ -153,6 +155,7 @@ class ImageData(L.LightningDataModule):
         self.first_batch = (0, 0)
         """Epoch and batch number at which training starts."""
         self.views_per_image = views_per_image
+        self.fixed_views, self.wrong_labels = fixed_views, wrong_labels
 
     def read(self) -> Source:
         """Read labels and classes, and prepare for `reader`.
@@ -191,7 +194,7 @@ class ImageData(L.LightningDataModule):
 
     def view_count(self, epochs: int) -> int:
         """Return how many view numbers an image can have in a training of this many epochs."""
-        return epochs * self.views_per_image
+        return self.fixed_views or epochs * self.views_per_image
 
     @property
     def views_name(self) -> str:
@@ -219,6 +222,7 @@ class ImageData(L.LightningDataModule):
         self.train_index = stratified(labels, rest, size, self.split_seed, "data.train_size")
         if not len(self.train_index):
             raise UserError("No training images are left: lower data.val_size or raise data.train_size.")
+        self.train_labels = with_wrong_labels(labels, self.num_classes, self.wrong_labels, self.split_seed)
 
     @property
     def num_classes(self) -> int:
@@ -233,8 +237,8 @@ class ImageData(L.LightningDataModule):
     @property
     def trained_labels(self) -> Tensor:
         """The class of each image in the whole training data, [N] int64. It is -1 for images not used in training."""
-        labels = torch.full_like(self.source.train_labels, -1)
-        labels[self.train_index] = self.source.train_labels[self.train_index]
+        labels = torch.full_like(self.train_labels, -1)
+        labels[self.train_index] = self.train_labels[self.train_index]
         return labels
 
     @property
@@ -290,6 +294,9 @@ class ImageData(L.LightningDataModule):
         used = [f"{size:,} {PURPOSES[split]} images{named[split]}" for split, size in sizes.items() if size]
         when = "once, at the end" if validation else "after each epoch"
         notes = [f"Data: {', '.join(used)}. The test images are scored {when}.", *self.source.notes]
+        if self.wrong_labels:
+            wrong = int((self.train_labels != self.source.train_labels)[self.train_index].sum())
+            notes.append(f"{wrong:,} training images have a wrong label, because of data.wrong_labels.")
         if self._training_batches(0, world_size).merges:
             last = self.batch_size + world_size
             notes.append(f"The last batch has {last} images, because batch norm cannot train on a rest of one image.")
@@ -377,9 +384,15 @@ class ImageData(L.LightningDataModule):
         return self.reader("test")[Share(0, positions)].images[0]
 
     def on_after_batch_transfer(self, batch: Samples, dataloader_idx: int) -> Samples:
-        """Augment a training batch on the device. Lightning calls this method."""
+        """Augment a training batch on the device, and give it its wrong labels. Lightning calls this method."""
         assert self.trainer is not None
-        return self.augment(batch, self.trainer.current_epoch) if self.trainer.training else batch
+        if not self.trainer.training:
+            return batch
+        batch = self.augment(batch, self.trainer.current_epoch)
+        if not self.wrong_labels:
+            return batch
+        self.train_labels = self.train_labels.to(batch.index.device)
+        return batch._replace(target=self.train_labels.index_select(0, batch.index))
 
     def _loader(self, split: Split, index: Tensor | None, batches: EpochBatches) -> DataLoader[Samples]:
         device = batches.device
@@ -429,6 +442,19 @@ def _kill_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed workers as failed
     for worker in workers:
         worker.kill()
+
+
+def with_wrong_labels(labels: Tensor, num_classes: int, share: float, seed: int) -> Tensor:
+    """Replace the labels [N] of a random `share` of all images by another class, with equal probabilities.
+
+    The images of a smaller share are among those of a larger share with the same seed, and have the same labels.
+
+    >>> with_wrong_labels(torch.zeros(1000, dtype=torch.int64), 3, 0.3, seed=0).bincount().tolist()
+    [703, 130, 167]
+    """
+    bits = random_bits(seed, 0, torch.arange(len(labels)), WRONG_LABELS)
+    other = (labels + 1 + (uniform(bits, 1) * (num_classes - 1)).long()) % num_classes
+    return torch.where(uniform(bits, 0) < share, other, labels)
 
 
 def stratified(labels: Tensor, candidates: Tensor, size: int, seed: int, option: str) -> Tensor:

@@ -8,6 +8,7 @@ does a resumed run.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ SPLIT_STREAM = 1 << 20
 """The choice of held-out images."""
 BLOCK_ORDER = (1 << 20) + 1
 """The order of the storage blocks in an epoch."""
+FIXED_VIEWS = (1 << 20) + 2
+"""The fixed views of an image, if it has only a few."""
+WRONG_LABELS = (1 << 20) + 3
+"""The choice of wrong labels."""
 PEER_STREAM = 1 << 21
 """The initial weights of further students."""
 
@@ -100,12 +105,37 @@ def view_count(padding: int, flip: bool) -> int:
     return (2 * padding + 1) ** 2 * (2 if flip else 1)
 
 
-def draw_views(index: Tensor, *, seed: int, epoch: int, padding: int, flip: bool, view: int = 0) -> Tensor:
+class DrawnView(NamedTuple):
+    """A view of each image: its number, and the random bits that determine it."""
+
+    number: Tensor
+    """[B] int64, from 0."""
+    bits: Tensor
+    """[B] int64, 63 random bits."""
+
+
+def draw_fixed_view(index: Tensor, fixed_views: int, *, seed: int, epoch: int, view: int = 0) -> DrawnView:
+    """Draw one of the `fixed_views` views that each image has in all epochs and for all seeds.
+
+    View number k of an image is the same for any larger `fixed_views`.
+    """
+    number = random_bits(seed, epoch, index, FIRST_VIEW + view) % fixed_views
+    return DrawnView(number, random_bits(0, 0, index + (number << 40), FIXED_VIEWS))
+
+
+def draw_views(
+    index: Tensor, *, seed: int, epoch: int, padding: int, flip: bool, view: int = 0, fixed_views: int | None = None
+) -> Tensor:
     """Draw the view number of each image, [B] int64, uniformly from 0 .. view_count - 1.
 
     `index` [B] are the positions of the images in the training data. `view` numbers the independent views of an epoch.
+    With `fixed_views`, the number is one of so many numbers that the image has in all epochs. Some may be equal.
     """
-    return random_bits(seed, epoch, index, FIRST_VIEW + view) % view_count(padding, flip)
+    if fixed_views is None:
+        bits = random_bits(seed, epoch, index, FIRST_VIEW + view)
+    else:
+        bits = draw_fixed_view(index, fixed_views, seed=seed, epoch=epoch, view=view).bits
+    return bits % view_count(padding, flip)
 
 
 def crop_and_flip(images: Tensor, view_numbers: Tensor, padding: int) -> Tensor:

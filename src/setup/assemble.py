@@ -76,6 +76,11 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
             f"method={cfg.method.name} has no logit term on which a serialization layer could act: add "
             "serialization=none."
         )
+    if serialization.needs_teacher and not method.needs_teacher:
+        raise UserError(
+            f"serialization.start=teacher does not fit method={cfg.method.name}, which has no teacher: choose "
+            "serialization.start=identity."
+        )
     if cfg.standardize_logits and not method.distils_logits:
         raise UserError(
             f"method={cfg.method.name} has no logit term on which standardize_logits=true could act: set it to false."
@@ -157,7 +162,7 @@ def make_distiller(
         )
     torch.manual_seed(cfg.seed)
     peer_numbers = itertools.count()
-    serialization.allocate(student)
+    serialization.allocate(student, teacher)
     method.allocate(
         Networks(
             student=student,

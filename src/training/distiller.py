@@ -166,7 +166,7 @@ class Distiller(L.LightningModule):
         self.last_batch = batch, logits  # for callbacks; freed in `backward`
         with self._timed("terms"):
             terms, weights = self.all_terms(batch, logits), self.method.weights(self.current_epoch)
-        self.weighted_terms = weighted(terms, weights)
+        self.weighted_terms = {**weighted(terms, weights), **self.serialization.penalties()}
         return torch.stack(list(self.weighted_terms.values())).sum()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from src.analysis.gradient_forms import (
     target_direction,
     tckd_gradient,
 )
+from src.methods.aekt import Weighting
 from src.methods.kd import kd_loss
 from tests.helpers.losses import explicit_transfer_loss, nckd_loss, random_case, tckd_loss
 
@@ -33,7 +35,7 @@ PAIRS: dict[str, tuple[Gradient, Gradient]] = {
         partial(explicit_transfer_loss, weighting=weighting, max_weight=3.0, confidence_term=term),
         partial(explicit_transfer_gradient, weighting=weighting, max_weight=3.0, confidence_term=term),
     )
-    for weighting in ("ratio", "log_ratio", "constant")
+    for weighting in get_args(Weighting)
     for term in (True, False)
 }
 """Loss and closed form of its gradient, by name."""

@@ -96,3 +96,14 @@ def test_held_out_images_are_read_by_their_position_among_the_training_images(ma
 
 def test_the_name_of_the_views_tells_augmentations_apart(make_data: Make) -> None:
     assert len({make_data(padding=padding, flip=flip).views_name for padding in (2, 4) for flip in (True, False)}) == 4
+
+
+def test_fixed_views_bound_the_number_of_different_views(make_data: Make) -> None:
+    one, other = make_data(fixed_views=2, seed=0), make_data(fixed_views=2, seed=1)
+    one.load()
+    other.load()
+    rows = torch.arange(60)
+    epochs = [data.draw(rows, epoch, 0) for data in (one, other) for epoch in range(12)]
+    assert {len(set(numbers.tolist())) for numbers in torch.stack(epochs).T} <= {1, 2}
+    assert one.views_name == make_data().views_name  # the store is shared with runs of other views
+    assert len(one.view_records(epochs=50)) <= 2 * 60

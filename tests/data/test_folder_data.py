@@ -258,3 +258,21 @@ def test_real_photos_are_evaluated_as_by_torchvision(real_data: Path) -> None:
         expected, label = torchvisions[row]
         assert label == data.source.test_labels[row]
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_fixed_views_are_the_same_crops_in_all_epochs_and_for_all_seeds(folder: Path) -> None:
+    crops: dict[tuple[int, int], torch.Tensor] = {}
+    seen = 0
+    for seed in range(2):
+        data = load(folder, fixed_views=2, seed=seed)
+        assert data.view_count(epochs=100) == 2
+        for epoch in range(3):
+            for batch in batches(data.train_dataloader(), epoch):
+                (images,), (numbers,) = batch.images, batch.view_numbers
+                for key, image in zip(zip(batch.index.tolist(), numbers.tolist(), strict=True), images, strict=True):
+                    seen += key in crops
+                    assert torch.equal(crops.setdefault(key, image), image)
+    assert len(crops) <= 2 * 42
+    assert seen >= 6 * 42 - 2 * 42
+    names = [load(folder, fixed_views=fixed, seed=seed).views_name for fixed in (None, 2) for seed in (0, 1)]
+    assert len(set(names)) == 3  # the store of fixed views is shared by all seeds

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from src.common.errors import UserError
 from src.data.array_data import ArrayData
 from src.data.array_file import save_arrays
-from src.data.image_data import EpochBatches
+from src.data.image_data import EpochBatches, Samples, with_wrong_labels
 from tests.helpers.arrays import arrays
 from tests.helpers.batches import as_rank, batches, fit, indices_of, positions
 from tests.helpers.tiny import tiny_data
@@ -306,3 +307,45 @@ def test_data_of_one_class_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(data, "read", lambda: one_class)
     with pytest.raises(UserError, match=r"^The data has one class only \(cat\): add images of another class\.$"):
         data.load()
+
+
+def test_wrong_labels_reach_training_alone(make_data: Make, tmp_path: Path) -> None:
+    data = make_data(val_size=12, wrong_labels=0.4)
+    data.load()
+    clean = data.source.train_labels
+    wrong = data.train_labels != clean
+    assert 0.2 < wrong.double().mean() < 0.6
+    trained: dict[int, int] = {}
+
+    class Reading(L.LightningModule):
+        def training_step(self, batch: Samples, batch_idx: int) -> None:
+            trained.update(zip(batch.index.tolist(), batch.target.tolist(), strict=True))
+
+        def validation_step(self, batch: Samples, batch_idx: int) -> None:
+            assert torch.equal(batch.target, clean[data.val_index][batch.index])
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Reading(), datamodule=data)
+    assert trained == {i: int(data.train_labels[i]) for i in data.train_index.tolist()}
+    assert torch.equal(data.trained_labels[data.train_index], data.train_labels[data.train_index])
+    count = int(wrong[data.train_index].sum())
+    assert f"{count} training images have a wrong label, because of data.wrong_labels." in data.notes()
+
+
+def test_wrong_labels_depend_on_the_split_seed_alone() -> None:
+    labels = torch.arange(2000) % 5
+    some, more = (with_wrong_labels(labels, 5, share, seed=0) for share in (0.1, 0.3))
+    changed = some != labels
+    assert torch.equal(more[changed], some[changed])
+    assert int(changed.sum()) == pytest.approx(200, abs=40)
+    assert int((more != labels).sum()) == pytest.approx(600, abs=60)
+    pairs = torch.stack([labels, more])[:, more != labels].unique(dim=1)
+    assert pairs.shape[1] == 5 * 4  # each class is taken for each other class
+    assert not torch.equal(with_wrong_labels(labels, 5, 0.3, seed=1), more)
+    assert torch.equal(with_wrong_labels(labels, 5, 0.0, seed=0), labels)

@@ -1,5 +1,6 @@
 """Random bits, orders and views: independent, uniform, and distributed as torchvision's."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from src.data.views import (
     BLOCKS_AT_ONCE,
     ORDER,
     crop_and_flip,
+    draw_fixed_view,
     draw_views,
     epoch_order,
     normalise,
@@ -291,3 +293,30 @@ def test_normalisation_equals_torchvisions() -> None:
     normalised = normalise(images, mean, std)
     assert normalised.dtype == torch.float32
     torch.testing.assert_close(normalised, expected, atol=2e-6, rtol=0)
+
+
+def test_fixed_views_are_a_few_views_in_all_epochs_and_for_all_seeds() -> None:
+    index, padding = torch.arange(400), 4
+    options: dict[str, Any] = {"padding": padding, "flip": True}
+    seen: dict[int, set[int]] = {int(i): set() for i in index}
+    for seed, epoch, view in itertools.product(range(2), range(20), range(2)):
+        numbers = draw_views(index, seed=seed, epoch=epoch, view=view, fixed_views=3, **options)
+        for i, number in zip(index.tolist(), numbers.tolist(), strict=True):
+            seen[i].add(number)
+    assert {len(numbers) for numbers in seen.values()} <= {2, 3}  # two of the three may be equal
+    assert sum(len(numbers) == 3 for numbers in seen.values()) > 380
+    assert len({frozenset(numbers) for numbers in seen.values()}) > 390  # each image has views of its own
+
+
+def test_more_fixed_views_add_to_the_fewer() -> None:
+    index = torch.arange(50)
+    bits: dict[int, dict[tuple[int, int], int]] = {}
+    for fixed_views, epoch in itertools.product((2, 5), range(30)):
+        number, drawn = draw_fixed_view(index, fixed_views, seed=1, epoch=epoch)
+        assert number.max() < fixed_views
+        found = zip(zip(index.tolist(), number.tolist(), strict=True), drawn.tolist(), strict=True)
+        bits.setdefault(fixed_views, {}).update(found)
+    assert len(bits[2]) == 50 * 2
+    assert len(bits[5]) == 50 * 5
+    assert bits[2].items() <= bits[5].items()
+    assert len(set(bits[5].values())) == 50 * 5

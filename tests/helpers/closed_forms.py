@@ -20,7 +20,8 @@ from src.methods.kd import kd_loss
 from tests.helpers.losses import divergence, explicit_transfer_loss, log_softmax, nckd_loss, tckd_loss
 
 MAX_WEIGHT = 10.0
-WEIGHTINGS: tuple[Weighting, ...] = ("ratio", "log_ratio", "constant")
+WEIGHTINGS: tuple[Weighting, ...] = ("ratio", "excess", "log_ratio", "constant", "one")
+"""The weights that depend on one sample alone. `relative` depends on the batch."""
 TEMPERATURES = (0.5, 1.0, 4.0, 20.0)
 UNITS = 16
 """The allowed error of a loss in rounding units, for an error of 1 in `Expected`."""
@@ -67,8 +68,13 @@ def log_sum(logs: list[float]) -> float:
 
 def expected_weight(log_p: float, log_q: float, weighting: str) -> float:
     """Compute the weight of explicit transfer from log p_t and log q_t."""
+    if weighting == "one":
+        return 1.0
     if weighting == "constant":
         return math.exp(log_q)
+    if weighting == "excess":
+        gap = max(0.0, log_q - log_p)
+        return math.expm1(gap) if gap < math.log1p(MAX_WEIGHT) else MAX_WEIGHT
     if weighting == "log_ratio":
         return max(-MAX_WEIGHT, min(MAX_WEIGHT, log_q - log_p))
     return math.exp(log_q - log_p) if log_q - log_p < math.log(MAX_WEIGHT) else MAX_WEIGHT

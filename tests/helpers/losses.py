@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from src.methods import aekt, dkd
 from src.methods.decoupling import decouple
@@ -119,4 +120,19 @@ def of_logits(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 tckd_loss, nckd_loss = of_logits(dkd.tckd_loss), of_logits(dkd.nckd_loss)
-explicit_transfer_loss = of_logits(aekt.explicit_transfer_loss)
+
+
+def explicit_transfer_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    temperature: float,
+    weighting: aekt.Weighting = "ratio",
+    max_weight: float = 10.0,
+    confidence_term: bool = True,
+) -> Tensor:
+    """Compute explicit transfer with its weight from the logits themselves."""
+    decoupled = decouple(student, teacher, target, temperature)
+    log_p, log_q = (F.logsigmoid(each) for each in (decoupled.student_log_odds, decoupled.teacher_log_odds))
+    weight = aekt.explicit_weight(log_p, log_q, weighting, max_weight)
+    return aekt.explicit_transfer_loss(decoupled, weight, temperature, confidence_term)

@@ -1,14 +1,14 @@
 """Explicit transfer: its weight, its gradient at the teacher, and its options. See also test_closed_forms.py."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import assume, given
 
 from src.common.errors import UserError
-from src.methods.aekt import explicit_weight
+from src.methods.aekt import Weighting, explicit_weight
 from tests.helpers.closed_forms import (
     WEIGHTINGS,
     Case,
@@ -23,13 +23,14 @@ from tests.helpers.losses import BATCH, explicit_transfer_loss, log_softmax, obs
 from tests.helpers.methods import configured
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", get_args(Weighting))
 @pytest.mark.parametrize("max_weight", [0.5, 1.0, 10.0, 1000.0])
 def test_the_weight_keeps_its_bound(weighting: Any, max_weight: float):
     logs = torch.tensor([-4e4, -200.0, -50.0, -1.0, -1e-7, 0.0])
     log_p, log_q = torch.cartesian_prod(logs, logs).T
     weight = explicit_weight(log_p, log_q, weighting, max_weight)
-    bound = 1.0 if weighting == "constant" else max_weight
+    bound = {"constant": 1.0, "one": 1.0, "relative": weight.max().item()}.get(weighting, max_weight)
+    assert weight.isfinite().all()
     assert weight.abs().max().item() == pytest.approx(bound, rel=1e-6)
     assert (weight < 0).any() == (weighting == "log_ratio")
 
@@ -44,6 +45,8 @@ def test_explicit_transfer_at_agreement(case: Case):
     assert slope["ratio"] == pytest.approx(-(1 - confidence), rel=1e-6)
     assert slope["constant"] == pytest.approx(-confidence * (1 - confidence), rel=1e-6)
     assert slope["log_ratio"] == 0
+    assert slope["excess"] == 0
+    assert slope["one"] == slope["ratio"]
     assert slope["ratio"] < 0
     assert slope["constant"] < 0
 
@@ -75,6 +78,31 @@ def test_beyond_its_bound_the_ratio_has_the_weight_of_the_bound(case: Case):
     assert_same(losses[0] / bound, -case.temperature * p.log().mean())
 
 
+@pytest.mark.parametrize("shift", [0.0, -4e4], ids=["likely", "impossible"])
+def test_the_relative_weight_shares_a_fixed_total_out(shift: float):
+    """The weights have the mean 1, and the proportions of the bounded ratio."""
+    log_p = torch.tensor([-3.0, -1.0, -0.1, -6.0], dtype=torch.float64)
+    log_q = torch.tensor([-0.2, -0.2, -0.5, -0.1], dtype=torch.float64) + shift
+    ratio = torch.tensor([math.exp(2.8), math.exp(0.8), math.exp(-0.4), 100.0], dtype=torch.float64)
+    weight = explicit_weight(log_p, log_q, "relative", 100.0 * math.exp(shift) if shift == 0 else 1e6)
+    assert weight.mean().item() == pytest.approx(1.0)
+    if shift:  # far below the bound, which then has no effect
+        ratio[3] = math.exp(5.9)
+    torch.testing.assert_close(weight, ratio / ratio.mean())
+
+
+def test_the_weight_can_have_a_temperature_of_its_own():
+    own, distilled, teacher, target = three_logits()
+    batch, logits = observed(distilled, teacher, target, own=own)
+    term = configured("aekt", temperature=4.0, weight_temperature=1.5).all_terms(batch, logits)["explicit_transfer"]
+    p, q = ((each / 1.5).softmax(dim=1).gather(1, target[:, None])[:, 0] for each in (distilled, teacher))
+    log_p = (distilled / 4.0).log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+    loss = -4.0 * ((q / p).clamp(max=10.0).detach() * log_p).mean()
+    assert_same(term, loss)
+    gradients = [torch.autograd.grad(each, distilled)[0] for each in (term, loss)]
+    assert_same(*gradients)
+
+
 # The method
 
 
@@ -92,7 +120,11 @@ def test_terms_are_cross_entropy_and_the_three_losses():
 
 @pytest.mark.parametrize(
     "options",
-    [{"weighting": "log_ratio"}, {"weighting": "constant"}, {"max_weight": 0.5}, {"confidence_term": False}],
+    [
+        *({"weighting": weighting} for weighting in get_args(Weighting) if weighting not in ("ratio", "relative")),
+        {"max_weight": 0.5},
+        {"confidence_term": False},
+    ],
     ids=str,
 )
 def test_every_option_of_explicit_transfer_reaches_the_loss(options: dict[str, Any]):

@@ -37,9 +37,13 @@ def test_values_worked_by_hand():
         "ratio": 4 * 0.5 * math.log(2),
         "log_ratio": -4 * math.log(2) ** 2,
         "constant": 4 * 0.25 * math.log(2),
+        "excess": 0.0,
+        "one": 4 * math.log(2),
         "ratio log-odds": 0.0,
         "log_ratio log-odds": 0.0,
         "constant log-odds": 0.0,
+        "excess log-odds": 0.0,
+        "one log-odds": 0.0,
     }
     assert by_hand.keys() == CLOSED_FORMS.keys()
     for name, value in by_hand.items():
@@ -70,14 +74,15 @@ def test_autocast_does_not_reach_the_losses(name: str):
 
 @every_closed_form
 def test_autograd_is_the_numerical_gradient(name: str):
-    """The stop-gradient hides the weight's own slope from autograd alone, so the weight is held at its bound here."""
+    """The stop-gradient hides the weight's own slope from autograd alone, so the weight is held at a bound here."""
     student, teacher, target = random_case(classes=4, dtype=torch.float64, batch=3)
     loss = CLOSED_FORMS[name]
-    if name not in DIVERGENCES and not name.startswith("constant"):
+    if name not in DIVERGENCES and not name.startswith(("constant", "one")):
         loss = partial(loss, max_weight=0.05)
         log_p, log_q = (logits.log_softmax(1).gather(1, target[:, None]) for logits in (student / 4, teacher / 4))
         weight = explicit_weight(log_p, log_q, name.removesuffix(" log-odds"), 0.05)  # type: ignore[arg-type]
-        torch.testing.assert_close(weight.abs(), torch.full_like(weight, 0.05))
+        size = weight.abs() if not name.startswith("excess") else weight[weight > 0]  # the excess has the bound 0 too
+        torch.testing.assert_close(size, torch.full_like(size, 0.05))
     assert torch.autograd.gradcheck(lambda u: loss(u, teacher, target, 4.0), student.requires_grad_())
 
 
@@ -98,7 +103,7 @@ def test_closed_forms_hold_for_any_logits(name: str, case: Case):
     assert_agrees(name, *case)
 
 
-@pytest.mark.parametrize("name", [*DIVERGENCES, "ratio", "constant"])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "ratio", "excess", "constant", "one"])
 @properties
 @given(case=cases())
 def test_no_loss_is_negative(name: str, case: Case):

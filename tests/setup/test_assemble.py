@@ -105,6 +105,13 @@ def test_a_serialization_layer_requires_a_logit_term(layer: str) -> None:
         parts_of(configure("method=vanilla", f"serialization={layer}"))
 
 
+def test_a_layer_that_starts_from_the_teacher_requires_one() -> None:
+    with pytest.raises(
+        UserError, match=r"serialization\.start=teacher does not fit method=tfkd, which has no teacher: choose serial.*"
+    ):
+        parts_of(configure("method=tfkd", "serialization=serial", "serialization.start=teacher"))
+
+
 # Optimiser
 
 

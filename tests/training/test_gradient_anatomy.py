@@ -29,7 +29,7 @@ OPTIONS = {"cross_entropy_weight": 1.0, "alpha": 1.0, "beta": 2.0, "temperature"
 
 
 def aekt() -> AEKT:
-    return AEKT(**OPTIONS, gamma=0.4, weighting="ratio", max_weight=10.0, confidence_term=True)
+    return AEKT(**OPTIONS, gamma=0.4, weighting="ratio", max_weight=10.0, weight_temperature=4.0, confidence_term=True)
 
 
 def test_the_anatomy_of_a_batch() -> None:

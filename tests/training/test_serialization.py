@@ -1,12 +1,17 @@
 """A serialization layer starts as plain distillation, fits the student's sizes, and passes gradients on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from src.methods.kd import kd_loss
+from src.methods.kd import KD, kd_loss
 from src.models.network import Network, Output
-from src.training.serialization import NoSerialization, Parallel, Serial, Serialization
+from src.models.resnet import resnet8
+from src.training.serialization import NoSerialization, Parallel, Serial, Serialization, relations_of_classes
+from tests.helpers import tiny
+from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_teacher, tiny_trainer
 
 CLASSES, POOLED = 7, 3
 
@@ -131,3 +136,70 @@ def test_parallel_learns_apart_from_the_students_classifier(student: ColourNetwo
         for parameter in serialization.parameters():
             parameter.add_(1.0)
     assert not torch.equal(next(serialization.parameters()), student.fc.weight)
+
+
+def test_a_learnt_factor_multiplies_the_layer_s_output(student: ColourNetwork, logits: Tensor) -> None:
+    serialization = allocated(Serial(lr_scale=0.1, factor=True), student)
+    assert torch.equal(serialization(logits, None), logits)
+    assert dict(serialization.named_parameters())["factor"] == 1
+    serialization.load_state_dict({**serialization.state_dict(), "factor": torch.tensor(2.5)})
+    output = serialization(logits, None)
+    assert torch.equal(output, 2.5 * logits)
+    (slope,) = torch.autograd.grad(output.sum(), serialization.factor)
+    torch.testing.assert_close(slope, logits.sum())
+
+
+def test_without_a_factor_checkpoints_hold_the_layer_alone(student: ColourNetwork) -> None:
+    assert list(allocated(Serial(lr_scale=0.1), student).state_dict()) == ["layer.weight", "layer.bias"]
+
+
+def test_the_decay_pulls_the_layer_towards_the_identity(student: ColourNetwork) -> None:
+    assert allocated(Serial(lr_scale=0.1), student).penalties() == {}
+    serialization = allocated(Serial(lr_scale=0.1, decay=0.3), student)
+    assert serialization.penalties()["layer_decay"] == 0
+    weight = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(5))
+    serialization.load_state_dict({"layer.weight": weight, "layer.bias": torch.ones(CLASSES)})
+    term = serialization.penalties()["layer_decay"]
+    away = weight - torch.eye(CLASSES)
+    torch.testing.assert_close(term, 0.15 * away.square().sum())
+    gradients = torch.autograd.grad(term, list(serialization.parameters()), allow_unused=True)
+    torch.testing.assert_close(gradients[0], 0.3 * away)
+    assert gradients[1] is None
+
+
+def test_the_decay_is_a_term_of_the_loss(tmp_path: Path) -> None:
+    def trained(decay: float) -> tuple[Tensor, list[str]]:
+        data, layer = tiny_data(tmp_path), Serial(lr_scale=1.0, decay=decay)
+        kd = KD(cross_entropy_weight=0.1, kd_weight=0.9, temperature=4.0)
+        distiller = tiny_distiller(data, kd, teacher=tiny_teacher(), serialization=layer)
+        tiny_trainer(1, limit_train_batches=3, limit_val_batches=0).fit(distiller, datamodule=data)
+        weight = layer.layer.weight.detach()
+        return (weight - torch.eye(len(weight))).norm(), list(distiller.weighted_terms)
+
+    (free, terms), (held, terms_with_decay) = trained(0.0), trained(50.0)
+    assert terms_with_decay == [*terms, "layer_decay"]
+    assert 0 < held < 0.5 * free
+
+
+def test_the_layer_can_start_from_the_relations_of_the_teacher_s_classes() -> None:
+    """Classes 0 and 1 are near each other, and class 2 is apart. A common offset of all classes changes nothing."""
+    weight = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-4.0, 0.0]], dtype=torch.float64)
+    found = relations_of_classes(weight + torch.tensor([3.0, -7.0]))
+    products = torch.tensor([[5.0, 3.0, -8.0], [3.0, 5.0, -8.0], [-8.0, -8.0, 16.0]], dtype=torch.float64)
+    others = torch.tensor([-2.5, -2.5, -8.0], dtype=torch.float64)
+    torch.testing.assert_close(found, (products - others) / (products.diagonal() - others))
+    assert found.diagonal().tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(found.sum(dim=0), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_layer_starts_from_its_own_teacher() -> None:
+    teacher, network = tiny_teacher(), resnet8(tiny.CLASSES)
+    assert Serial(lr_scale=0.1, start="teacher").needs_teacher
+    assert not Serial(lr_scale=0.1).needs_teacher
+    layer = Serial(lr_scale=0.1, start="teacher")
+    layer.allocate(network, teacher)
+    assert torch.equal(layer.layer.weight, relations_of_classes(teacher.classifier().weight))
+    teacher.select_classes(list(reversed(range(tiny.CLASSES))))
+    turned = Serial(lr_scale=0.1, start="teacher")
+    turned.allocate(network, teacher)
+    torch.testing.assert_close(turned.layer.weight, layer.layer.weight.flip(0, 1))
