@@ -1,19 +1,33 @@
 """Rows about whole runs: the start of a command, a sweep with stored answers, and its memory."""
 
 import itertools
+import resource
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
 
 from benchmarks.images import CLASSES
-from benchmarks.process_memory import anonymous_peak
+from benchmarks.process_memory import anonymous_peak, read_status
 from benchmarks.timing import Place, Row, divide, measure_in_turn, megabytes, milliseconds, seconds_per_call
-from benchmarks.trial import BATCH_SIZE, ROOT, SMALLEST, compose_training, give_weights, silence
+from benchmarks.trial import (
+    BATCH_SIZE,
+    ROOT,
+    SMALLEST,
+    compose_training,
+    give_weights,
+    make_step_timer,
+    make_trial,
+    silence,
+)
+from src.common.allocator import keep_freed_memory
 from src.models.checkpoints import save_weights
 from src.setup.assemble import make_data
 from src.setup.networks import make_network
@@ -113,6 +127,59 @@ def _peak_of_run(place: Place, model: str, stored: bool, seed: int) -> float:
     torch.set_num_threads(place.options.threads)
     runs = f"memory-{stored}-{seed}"
     return anonymous_peak(lambda: time_run(place, runs, "aekt", model, seed, stored=stored, epochs=1))
+
+
+class Usage(NamedTuple):
+    """What the steps of one process used."""
+
+    seconds: float
+    """Processor time of a step."""
+    faults: float
+    """Page faults of a step."""
+    peak: float
+    """Peak resident memory of the process, in bytes."""
+
+
+def allocator(place: Place) -> Iterator[Row]:
+    """Processor time of a student's step with freed memory kept in the process, against glibc's defaults."""
+    for model in (SMALLEST, *place.options.pairs):
+        usages: dict[str, list[Usage]] = {"kept": [], "returned": []}
+        sides = {name: partial(_keep_usage, place, model, name, found) for name, found in usages.items()}
+        seconds = measure_in_turn(sides, place.options.rounds)
+        facts = ", ".join(
+            f"{name} {statistics.median(one.faults for one in found):.0f} page faults and a peak of "
+            f"{statistics.median(one.peak for one in found) / 1e6:.0f} MB"
+            for name, found in usages.items()
+        )
+        yield Row(
+            "processor time of a step, freed memory kept",
+            "returned to the system",
+            f"{model}, {BATCH_SIZE}, alone",
+            divide(seconds["kept"], seconds["returned"]),
+            "time <= 1",
+            f"{milliseconds(seconds)}; {facts}",
+        )
+
+
+def _keep_usage(place: Place, model: str, name: str, found: list[Usage]) -> float:
+    """Measure in a new process, because the setting cannot be undone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found.append(pool.submit(_usage_of_steps, place, model, name == "kept").result())
+    return found[-1].seconds
+
+
+def _usage_of_steps(place: Place, model: str, kept: bool) -> Usage:
+    silence()
+    torch.set_num_threads(place.options.threads)
+    if kept:
+        keep_freed_memory()
+    steps = make_step_timer(place, make_trial(place, "vanilla", model, BATCH_SIZE))
+    steps()
+    before, first = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
+    steps()
+    after, seconds = resource.getrusage(resource.RUSAGE_SELF), time.process_time() - first
+    count = place.options.steps
+    return Usage(seconds / count, (after.ru_minflt - before.ru_minflt) / count, read_status("VmHWM"))
 
 
 def time_run(place: Place, runs: str, method: str, model: str, seed: int, *, stored: bool, epochs: int) -> float:

@@ -9,12 +9,12 @@ import pytest
 FAULTS = """
 import resource
 from src.common.allocator import keep_freed_memory
-if {keep}:
-    assert keep_freed_memory()
+assert keep_freed_memory()
 import torch
 def step():
     return sum(float(tensor.sum()) for tensor in [torch.ones(1 << 20) for _ in range(20)])
-step(), step(), step()
+for _ in range(5):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -22,16 +22,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 
 
-def page_faults(keep: bool) -> int:
-    """Count the page faults of 20 tensors of 4 MB each, after as many have been freed."""
-    code = FAULTS.format(keep=keep)
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
 @glibc
 def test_freed_memory_is_used_again() -> None:
-    assert page_faults(keep=False) > 1000  # 1024 pages in each tensor
-    assert page_faults(keep=True) < 100
+    """A step with 20 tensors of 4 MB, after five steps like it. Otherwise it usually has 20,480 page faults."""
+    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 100
 
 
 @glibc
