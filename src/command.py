@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -27,7 +28,7 @@ from src.common.allocator import keep_freed_memory
 from src.common.errors import UserError
 from src.common.gpus import pin_gpu
 from src.common.secrecy import RedactingRecord, RedactingStream, without_secrets
-from src.config.known_options import check_options
+from src.config.known_options import check_options, check_run_options
 from src.config.overrides import explain, forced, readable
 from src.runs.lock import BusyError
 from src.runs.signals import stop_on_signal
@@ -39,6 +40,8 @@ NO_SHARED_MEMORY = re.compile(
 """Messages by which torch and Python report that processes cannot share tensors."""
 NOT_DETERMINISTIC = "does not have a deterministic implementation"
 """Part of torch's message about an operator of a library's network that deterministic=true does not allow."""
+NO_TRIAL = "No trials are completed yet"
+"""Part of Optuna's message after a search without a result."""
 PROCESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")
 """Variables that Lightning sets for the processes of a run. The next run would mistake them for a cluster's."""
 
@@ -59,18 +62,22 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     A launcher may call the wrapped task in another process, which the wrapper then sets up like the command's own.
     """
 
+    reported: set[str] = set()  # by the jobs of a sweep
+
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
         set_up_process()
         overrides = list(HydraConfig.get().overrides.task)
         try:
             _check_choices(overrides)
-            check_options(cfg, {override.lstrip("+~").partition("=")[0] for override in overrides})
+            given = {override.lstrip("+~").partition("=")[0] for override in overrides}
+            check_options(cfg, given)
+            check_run_options(cfg, given)
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 return task(cfg)
             if is_pinned(HydraConfig.get()):
                 pin_gpu()
-            with _own_processes(overrides):
+            with _own_processes(overrides), _own_handlers():
                 return task(cfg)
         except Exception as error:
             sentence = _sentence(error)
@@ -81,7 +88,12 @@ def job(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
             if isinstance(error, BusyError):
                 print(f"{sentence} This sweep skips the run.")
                 return None
+            if HydraConfig.get().job.num == 0:  # a sweep starts
+                reported.clear()
+            if sentence in reported:  # jobs share most of their options, and so most mistakes
+                sentence = "the same as above."
             print(f"error: {sentence}" if sentence else traceback.format_exc(), file=sys.stderr)
+            reported.add(sentence or "")
             raise JobError from None  # any other error might not survive the way from a worker process
 
     return run
@@ -102,6 +114,12 @@ def _own_processes(overrides: Sequence[str]) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _own_handlers() -> contextlib.AbstractContextManager[None]:
+    """Handle signals in a worker process that has no handlers. The command itself, and submitit, have their own."""
+    is_unhandled = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return stop_on_signal() if is_unhandled else contextlib.nullcontext()
 
 
 def _check_choices(overrides: Sequence[str]) -> None:
@@ -163,6 +181,8 @@ def _describe(error: BaseException) -> str | None:
             "A process of the sweep was killed, perhaps for lack of memory: run fewer jobs at once with "
             f"hydra.launcher.n_jobs=N. {kept}"
         )
+    if NO_TRIAL in str(error):
+        return "The search has no completed trial: see the errors above, or raise hydra.sweeper.n_trials."
     if isinstance(error, RuntimeError) and NOT_DETERMINISTIC in str(error):
         operator = str(error).partition(NOT_DETERMINISTIC)[0].strip()
         cure = "set trainer.deterministic=false (see docs/gpu.md)"

@@ -222,7 +222,7 @@ def value_range(mode: str, values: np.ndarray, tags: Mapping[int, Any]) -> tuple
             return low, high
     if mode == "F" and ((values >= 0) & (values <= 1)).all():
         return 0, 1
-    raise ValueError("the range of its values is unknown: convert it to 8 bits per channel")
+    raise ValueError("the range of its values is unknown, because they have more than 8 bits")
 
 
 def central_crop(image: Image.Image, resize: tuple[int, int], size: tuple[int, int]) -> Image.Image:

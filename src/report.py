@@ -62,6 +62,8 @@ def show(title: str, table: Table) -> None:
 def main(cfg: DictConfig) -> None:
     """Print the results, and write the report as HTML, Markdown and LaTeX, with its pictures."""
     root, out = Path(cfg.runs).expanduser(), output_folder(cfg.out)
+    if root.is_file():
+        raise UserError(f"runs={cfg.runs} is a file: give a folder, in which the runs are searched.")
     runs, others = find_runs(root)
     for other in others:
         log.warning("Left out: %s is %s: %s", other.folder, other.state, other.detail)

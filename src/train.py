@@ -53,7 +53,6 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     budget = budget or time_budget(cfg)
     method = make_method(cfg)
     data = make_data(cfg, method.views_per_image)
-    check_limits(cfg, data)
     check_search(cfg, data)
     parts = make_parts(cfg, data, method, for_training=True)
     # Reports a missing device early. It also measures the teacher, and knows whether this process is rank zero.
@@ -61,14 +60,15 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     if cfg.winograd or (needs_teacher(cfg) and cfg.teacher.winograd):
         check_winograd(probe.strategy.root_device)
     report_data(data, probe)
+    check_limits(cfg, data, probe.world_size)
     dry_run(cfg, data, parts)
+    folder = RunFolder(cfg, probe.is_global_zero)  # now, because the file of student.path was read just now
 
     measured = find_or_train_teacher(cfg, data, parts.method, probe, budget) if needs_teacher(cfg) else None
     teacher, facts, predictions = measured or (None, None, {})
     distiller = make_distiller(cfg, data, parts, teacher, predictions)
     distiller.save_hyperparameters(plain_config(cfg))
 
-    folder = RunFolder(cfg, probe.is_global_zero)
     record = make_record(cfg, data, teacher, facts)
     with folder.locked(wait):
         finished = folder.begin(record)

@@ -56,6 +56,7 @@ def test_a_run_that_is_not_finished_is_evaluated_without_a_comparison(copies: Pl
     (folder / "result.json").unlink()
     ran = copies.evaluate(f"run={folder}")
     assert (ran.code, ran.err) == (0, "")
+    assert f"{folder} is not finished: its last checkpoint is used." in ran.out
     assert f"{accuracy:.6f}" in ran.out
     assert AGREES not in ran.out
 
@@ -96,6 +97,7 @@ def test_evaluation_calls_only_targets_that_conf_calls(copies: Place, target: st
         ([], "Give exactly one of run=FOLDER"),
         (["run={tmp}", "checkpoint=x.pth"], "Give exactly one of run=FOLDER"),
         (["run={tmp}"], "is not a run folder, because it has no config.yaml"),
+        (["run={tmp}", "data.val_size=5"], "data.val_size cannot be given together with run=..., because a run is"),
         (["checkpoint={tmp}/missing.pth", "data=cifar10"], "missing.pth does not exist"),
         (["checkpoint={tmp}/resnet14.pth", "data=cifar10"], "does not hold the weights of a"),
     ],

@@ -100,6 +100,13 @@ def test_without_finished_runs_nothing_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_the_place_of_the_runs_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.touch()
+    ran = run("report", f"runs={file}", f"out={tmp_path / 'out'}")
+    assert_refused(ran, f"runs={file} is a file: give a folder, in which the runs are searched.")
+
+
 def test_a_terminal_shows_the_most_important_columns(capsys: pytest.CaptureFixture[str]) -> None:
     show("title [/red]", Table("caption", ["network", "top-1", "top-5"], [["resnet8 [b]", "41.0", "90.0"]]))
     shown = capsys.readouterr().out

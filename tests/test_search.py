@@ -32,6 +32,13 @@ def test_a_search_chooses_by_held_out_images(tmp_path: Path, array_file: Path) -
     assert len(list(tmp_path.glob("*/*/aekt/*/result.json"))) == 2
 
 
+def test_a_search_without_a_trial_is_one_sentence(tmp_path: Path, array_file: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ran = search(tmp_path, array_file, "data.val_size=40", "hydra.sweeper.n_trials=0")
+    assert (ran.code, "Traceback" in ran.err) == (1, False)
+    assert "error: The search has no completed trial: see the errors above, or raise hydra.sweeper.n_trials." in ran.err
+
+
 def test_a_search_by_test_images_is_refused(tmp_path: Path, array_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     ran = search(tmp_path, array_file, "data.val_size=0", "hydra.sweeper.n_trials=2")

@@ -112,7 +112,7 @@ def test_bad_input_ends_in_one_sentence(
             ["trainer.precision=64-true"],
             ["precision=64-true does not fit: choose one of 32-true, bf16-mixed, 16-mixed"],
         ),
-        (["trainer.strategy=nonsense"], ["This machine cannot run the configured trainer", "nonsense"]),
+        (["trainer.strategy=nonsense"], ["The options of trainer do not fit Lightning's Trainer", "nonsense"]),
         (["-m", "seed=abc"], ["seed=abc", "Integer"]),
     ],
     ids=first,

@@ -166,14 +166,16 @@ def _unfinished(folder: Path, history: Sequence[Mapping[str, float]]) -> Unfinis
     done = f"{len(history)} of {_wanted_epochs(folder)} epochs done"
     failure = folder / "failure.txt"
     if failure.is_file():
-        return Unfinished(folder, "failed", f"{done}: {' '.join(failure.read_text(errors='replace').split())}")
+        reason = failure.read_text(encoding="utf-8", errors="replace")
+        return Unfinished(folder, "failed", f"{done}: {' '.join(reason.split())}")
     return Unfinished(folder, "running" if is_locked(folder) else "stopped", done)
 
 
 def _wanted_epochs(folder: Path) -> str:
     """Read the number of epochs from the run's configuration. Returns "?" if it cannot be read."""
     try:
-        return str(int(yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"]))
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        return str(int(config["trainer"]["max_epochs"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         return "?"
 

@@ -5,6 +5,8 @@ from datetime import timedelta
 from typing import Any
 
 FORMS = "give a time as HH:MM:SS, as DD:HH:MM:SS, or as {hours: 5}"
+IN_YAML = f'{FORMS}; in a YAML file, put quotes around it, as in "12:00:00"'
+"""YAML reads 12:00:00 as the number 43200, and 1:00:00:00, a day, as 216000, which are 60 hours."""
 
 
 def duration(value: Any) -> timedelta | None:
@@ -17,6 +19,8 @@ def duration(value: Any) -> timedelta | None:
     """
     if value is None:
         return None
+    if isinstance(value, (int, float)):
+        raise ValueError(IN_YAML)
     try:
         found = _from_text(value) if isinstance(value, str) else timedelta(**value)
     except (TypeError, OverflowError):  # an unknown unit, or neither a text nor a dict

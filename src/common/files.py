@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import secrets
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
     If the block raises an exception, `file` stays as it was.
     """
-    partial = file.with_name(f".{os.getpid()}.{file.name}")
+    partial = file.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.{file.name}")  # nodes can share process ids
     try:
         yield partial
         with partial.open("rb+") as content:  # else the new name could outlive a power cut, and the content not
@@ -93,7 +94,7 @@ def read_rows(file: Path) -> list[dict[str, float]]:
     """Read a CSV file of numbers, without its empty cells. Returns no rows if the file does not exist."""
     if not file.is_file():
         return []
-    with file.open(newline="") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
@@ -136,6 +137,8 @@ def describe_foreign(path: Path) -> str | None:
         return "an HTML page, as of a failed download: get the file again"
     if start[8:10] == b'{"':
         return "a safetensors file: load it with safetensors.torch, and save the dict with torch.save"
+    if start.startswith(b"\x93NUMPY"):
+        return "a single NumPy array (.npy): save all arrays in one file with numpy.savez"
     if start.startswith(b"\x89HDF"):
         return "an HDF5 file: export the weights from its own framework"
     if name := _packed_file(path):

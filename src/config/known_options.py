@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.common.errors import UserError
 from src.config.instantiate import find_target, options_of
-from src.config.schema import MethodOptions, NetworkOptions
+from src.config.schema import EvaluateOptions, MeasureOptions, MethodOptions, NetworkOptions, TrainOptions
 
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 GIVEN = {
@@ -34,6 +34,10 @@ DESCRIBED = {
 """Nodes with keys that describe them, beside the arguments of their `_target_`."""
 OPTIONAL = ("also", "optimizer", "averaging", "logger")
 """Groups that may be switched off."""
+READ_WITH_RUN = ("data.root", "data.path", "trainer", "trainer.accelerator")
+"""Options of a training that are read together with `run=`. All others are those of the run."""
+MEASURED_WITH_RUN = ("teacher.path", "teacher.class_map", "teacher.allow_program")
+"""Options that `src.measure` reads too."""
 SUGGESTED = 3
 """The largest number of suggestions."""
 
@@ -64,12 +68,28 @@ def check_options(cfg: DictConfig, given: Collection[str] = ()) -> None:
             "--help lists the groups."
         )
     of = f" of {node.target}" if node.target else ""
+    if "[" in node.option:  # an override cannot name what lies within a list
+        raise UserError(f"{option} is not an option{of}: remove it from {node.option.partition('[')[0]}.")
     if node.target and option not in given:
         raise UserError(f"{option} is not an option{of}: remove it with ~{option}, or choose another _target_.")
     readers = [each for each in nodes if each.known is not None or each.target]  # no free tables, such as `pairs`
     names = {_join(each.option, name) for each in readers for name in each.known or each.keys if name[0] != "_"}
     names -= {_join(each.option, name) for each, name in unknown}
     raise UserError(f"{option} is not an option{of}: {_advice(node, option, names)}")
+
+
+def check_run_options(cfg: DictConfig, given: Collection[str]) -> None:
+    """Raise `UserError` if an option of the command line is replaced by the configuration of the run that is opened."""
+    kind = OmegaConf.get_type(cfg)
+    if kind is None or not issubclass(kind, EvaluateOptions) or cfg.run is None:
+        return
+    own = [field.name for field in fields(kind) if field.name not in {field.name for field in fields(TrainOptions)}]
+    read = [*own, *READ_WITH_RUN, *(MEASURED_WITH_RUN if kind is MeasureOptions else ())]
+    if ignored := sorted(option for option in given if option not in read):
+        raise UserError(
+            f"{ignored[0]} cannot be given together with run=..., because a run is opened with its own configuration: "
+            f"leave it out. The options that are read are {', '.join(read)}."
+        )
 
 
 def _nodes(node: DictConfig, option: str) -> Iterator[Node]:
@@ -114,7 +134,7 @@ def close_options(option: str, names: Collection[str]) -> list[str]:
     The last parts of the names are compared. Names in the place of the option itself are preferred.
 
     >>> names = ["schedule.epochs", "schedule.learning_rate", "method.temperature", "runs"]
-    >>> [close_options(option, names) for option in ("epochs", "schedule.lr", "teacher.temperature", "method.nonsense")]
+    >>> [close_options(option, names) for option in ("num_epochs", "schedule.lr", "teacher.temperature", "method.none")]
     [['schedule.epochs'], ['schedule.learning_rate'], ['method.temperature'], []]
     """
     place, _, key = option.rpartition(".")
@@ -124,8 +144,9 @@ def close_options(option: str, names: Collection[str]) -> list[str]:
         words, is_near = its_key.split("_"), place == its_place
         is_short = len(key) > 1 and key == "".join(word[:1] for word in words)
         is_part = len(key) > 2 and is_near and (key in words or its_key.startswith(key))
+        is_end = len(its_key) > 2 and key.endswith(f"_{its_key}")
         alike = 1.0 if key == its_key else difflib.SequenceMatcher(None, key, its_key).ratio()
-        alike = max(alike, 0.85 * (is_short or is_part))
+        alike = max(alike, 0.85 * (is_short or is_part or is_end))
         return alike + 0.1 * is_near if alike >= (0.7 if is_near else 0.85) else 0.0
 
     found = sorted(((likeness(name), -name.count("."), name) for name in names), reverse=True)

@@ -1,5 +1,6 @@
 """Validate a composed configuration before any work starts."""
 
+import math
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -35,6 +36,7 @@ def validate(cfg: DictConfig) -> None:
     _validate_node(cfg, "data", data_schema(cfg.data._target_))
     for option, (schema, _) in UNTYPED_NODES.items():
         _validate_node(cfg, option, schema)
+    _check_numbers(OmegaConf.to_container(cfg, resolve=True), "")
     _check_winograd(cfg)
 
 
@@ -76,6 +78,15 @@ def _validate_node(cfg: DictConfig, option: str, schema: Any) -> None:
         first = error.errors()[0]
         name = ".".join(filter(None, [option, *map(str, first["loc"])]))
         raise UserError(f"{name}={first['input']} does not fit: {reason(first['msg'])}.") from None
+
+
+def _check_numbers(value: Any, option: str) -> None:
+    """Raise `UserError` if a value at any depth is nan, which passes most limits and makes every loss nan."""
+    if isinstance(value, float) and math.isnan(value):
+        raise UserError(f"{option}=nan is not a number: give one.")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in items:
+        _check_numbers(below, f"{option}[{key}]" if isinstance(value, list) else f"{option}.{key}".lstrip("."))
 
 
 def _check_winograd(cfg: DictConfig) -> None:

@@ -49,6 +49,7 @@ from torch import Tensor
 
 from src.common.errors import UserError
 from src.common.files import atomic_write, describe_foreign, list_members
+from src.data.photo_folders import named
 from src.data.source import Source, Split
 
 REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
@@ -116,6 +117,11 @@ def _validated(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageA
     for split in splits:
         _check_split(path, split, arrays[f"{split}_images"], labels[split], len(names))
     _check_sizes(path, {split: arrays[f"{split}_images"] for split in splits})
+    trained = np.unique(labels["train"])
+    if len(trained) < 2:
+        raise UserError(f"{path}: all train_labels are {trained[0]}: add training images of another class.")
+    if absent := [str(name) for name in np.delete(names, trained)]:
+        notes.append(f"Classes of {path} without a training image: {len(absent):,} ({named(absent)}).")
     superclasses = _superclass_of_classes(path, arrays, labels["train"], len(names))
     if unread := sorted(set(arrays) - KNOWN):
         notes.append(f"Arrays of {path} that are left unread: {', '.join(unread)}.")
@@ -147,6 +153,10 @@ def _usual_shapes(arrays: dict[str, np.ndarray], splits: list[str]) -> tuple[dic
             labels = labels[:, 0]
             notes.append(f"{split}_labels have the shape [N, 1], and are read as [N].")
         usual |= {f"{split}_images": images, f"{split}_labels": labels}
+    superclasses = arrays.get("train_superclass_labels")
+    if superclasses is not None and superclasses.ndim == 2 and superclasses.shape[1] == 1:
+        usual["train_superclass_labels"] = superclasses[:, 0]
+        notes.append("train_superclass_labels have the shape [N, 1], and are read as [N].")
     return usual, notes
 
 
@@ -174,7 +184,9 @@ def _check_members(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _class_names(path: Path, arrays: dict[str, np.ndarray], train_labels: np.ndarray) -> np.ndarray:
-    names = arrays.get("class_names", np.array([str(i) for i in range(_largest_label(train_labels) + 1)]))
+    if "class_names" not in arrays:
+        return np.array([str(number) for number in range(_largest_label(train_labels) + 1)])
+    names = arrays["class_names"]
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2:
         found = f"{names.dtype} {list(names.shape)}"
         raise UserError(f"{path}: class_names must be an array of at least 2 strings, but it is {found}.")
@@ -184,7 +196,7 @@ def _class_names(path: Path, arrays: dict[str, np.ndarray], train_labels: np.nda
 def _largest_label(labels: np.ndarray) -> int:
     """Return the largest label, but at most the number of labels: a corrupt one must not make a billion class names."""
     countable = labels.ndim == 1 and labels.size and labels.dtype.kind in "ui"
-    return max(1, min(int(labels.max()), len(labels))) if countable else 1
+    return max(0, min(int(labels.max()), len(labels))) if countable else 1
 
 
 def _check_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:

@@ -216,7 +216,7 @@ class FolderData(ImageData):
         """
         root = Path(self.root).expanduser()
         folders = split_folders(root, self.train_folder, self.val_folder, self.test_folder)
-        listings = {split: list_photos(folder) for split, folder in folders.items()}
+        listings = {split: list_photos(folder, root) for split, folder in folders.items()}
         check_classes(listings)
         found = check_photos(root, listings, self.workers, Path(self.cache).expanduser())
         described = describe_unreadable(found, sum(len(listing.files) for listing in listings.values()))
@@ -226,12 +226,11 @@ class FolderData(ImageData):
                 "out."
             )
         notes = [*unread_notes(root, listings), *([f"Left out of {root}: {described}."] if found.unreadable else [])]
-        unreadable = {root / name for name in found.unreadable}
-        listings = {split: listing.without(unreadable) for split, listing in listings.items()}
+        listings = {split: listing.without(found.unreadable) for split, listing in listings.items()}
         check_classes(listings)
         self.photos = {split: _photos(listing) for split, listing in listings.items()}  # type: ignore[misc]
         self.photos["held_out"] = self.photos["train"]
-        self.files_digest = listing_digest(listings, found.adjusted)
+        self.files_digest = listing_digest(listings, found.adjusted, found.checksums)
         return Source(
             train_labels=_labels(listings["train"]),
             val_labels=_labels(listings["val"]) if "val" in listings else None,

@@ -421,13 +421,14 @@ def _identity(batch: Any) -> Any:
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore SIGTERM and SIGINT in a loader worker.
+    """Ignore all signals in a loader worker that ask a command to end (`src/runs/signals.py`).
 
-    A cluster and Ctrl-C send these signals to all processes of a job. The training process still needs its next batch.
-    Then it stops and ends its workers.
+    A cluster, Ctrl-C and a closed terminal send these signals to all processes of a job. The training process still
+    needs its next batch. Then it stops and ends its workers.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows lacks some of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @atexit.register

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from src.common.errors import UserError
-from src.data.image_data import ImageData
+from src.data.image_data import EpochBatches, ImageData
 
 
 def limited(limit: float | None, batches: int) -> int:
@@ -38,9 +38,9 @@ def scored_batches(cfg: DictConfig, data: ImageData, split: str) -> int:
     return max(validated, final_batches(cfg, data) if split == "test" else 0)
 
 
-def check_limits(cfg: DictConfig, data: ImageData) -> None:
+def check_limits(cfg: DictConfig, data: ImageData, world_size: int = 1) -> None:
     """Raise `UserError` if a limit is a fraction of the batches that is less than one batch."""
-    training = -(-len(data.train_index) // data.batch_size)
+    training = len(EpochBatches(len(data.train_index), data.batch_size, seed=data.seed, world_size=world_size))
     validation, test = evaluation_batches(data, data.validates_on), evaluation_batches(data, "test")
     for name, batches in (("train", training), ("val", validation), ("test", test)):
         limit = cfg.trainer.get(f"limit_{name}_batches")

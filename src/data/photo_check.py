@@ -7,27 +7,31 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock, Timeout
 from rich.progress import track
 
 from src.common.errors import UserError
-from src.common.files import one_process_at_a_time, write_text
+from src.common.files import write_text
 from src.data.photo_folders import Listing, named
-from src.data.photos import Photo, damage
+from src.data.photos import FORMATS, Photo, damage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
-"""Part of the cache key. Increase it when photos are decoded in another way."""
+VERSION = 2
+"""Part of the cache key. Increase it when photos are decoded in another way, or when the result has other fields."""
 BLOCK = 64
 """Photos that a thread decodes at a time."""
 REDUCTION = 8
 """By this factor, the decoder of a JPEG reduces it. It reads the whole file in any case, but saves half of the time."""
+UNCOMPRESSED = (*FORMATS["BMP"], *FORMATS["PPM"], *FORMATS["TIFF"])
+"""Suffixes of files whose sizes may not depend on the values of the pixels."""
 
 
 class Checked(NamedTuple):
@@ -37,63 +41,113 @@ class Checked(NamedTuple):
     """By photo, what is wrong with it."""
     adjusted: list[str]
     """Photos that decoding turns or scales, see `Photo.is_adjusted`."""
+    checksums: dict[str, int]
+    """By uncompressed photo, the CRC-32 of its file."""
+
+
+class Inspected(NamedTuple):
+    """What decoding has shown of one photo."""
+
+    reason: str | None
+    """What is wrong with it."""
+    is_adjusted: bool = False
+    checksum: int | None = None
+    """Only of an uncompressed photo."""
 
 
 def check_photos(root: Path, listings: Mapping[str, Listing], workers: int, cache: Path) -> Checked:
     """Decode all photos with `workers` threads.
 
-    The result is kept in the folder `cache`. It holds for files of the same names, sizes and times of modification.
+    The result is kept in the folder `cache`. It holds for files of the same names, sizes and times of modification, and
+    for uncompressed photos in the same folder only.
     """
-    files = [listing.folder / file.name for listing in listings.values() for file in listing.files]
-    facts = [[os.path.relpath(listing.folder, root), listing.classes] for listing in listings.values()]
-    key = hashlib.sha256(repr([VERSION, facts]).encode()).hexdigest()
-    kept = cache / "checked" / f"{key[:32]}.json"
+    kept = cache / "checked" / f"{_key(listings)[:32]}.json"
+    if found := _load(kept):
+        return found
     with ExitStack() as lock:
         with suppress(OSError):  # the folder cannot be written: check without it
-            lock.enter_context(one_process_at_a_time(kept))
-        found = _load(kept)
-        if found is None:
-            log.info("Checking once whether all %s photos in %s can be read.", f"{len(files):,}", root)
-            found = _check(root, files, workers)
-            with suppress(OSError):
-                write_text(kept, json.dumps(found._asdict()))
+            lock.enter_context(_locked(kept))
+        if found := _load(kept):  # another command has checked them meanwhile
+            return found
+        files = {
+            listing.place + file.name: os.path.join(listing.folder, file.name)  # `Path` takes seconds for a million
+            for listing in listings.values()
+            for file in listing.files
+        }
+        log.info("Checking once whether all %s photos in %s can be read.", f"{len(files):,}", root)
+        found = _check(files, workers)
+        with suppress(OSError):
+            write_text(kept, json.dumps(found._asdict()))
         return found
+
+
+def _key(listings: Mapping[str, Listing]) -> str:
+    facts = [[listing.place, listing.classes, *_own_folder(listing)] for listing in listings.values()]
+    return hashlib.sha256(repr([VERSION, facts]).encode()).hexdigest()
+
+
+def _own_folder(listing: Listing) -> list[str]:
+    """Return the folder if it has uncompressed photos. Those of an unpacked archive may all have the same time."""
+    has_uncompressed = any(file.name.lower().endswith(UNCOMPRESSED) for file in listing.files)
+    return [str(listing.folder.resolve())] if has_uncompressed else []
+
+
+@contextmanager
+def _locked(kept: Path) -> Iterator[None]:
+    """Hold the lock of the result, and say so if another command holds it."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(kept.with_name(f".{kept.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Waiting for another command that checks these photos.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load(file: Path) -> Checked | None:
     try:
         found = json.loads(file.read_bytes())
-        return Checked(dict(found["unreadable"]), list(found["adjusted"]))
+        return Checked(dict(found["unreadable"]), list(found["adjusted"]), dict(found["checksums"]))
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
 
 
-def _check(root: Path, files: list[Path], workers: int) -> Checked:
-    found = Checked({}, [])
-    blocks = [files[start : start + BLOCK] for start in range(0, len(files), BLOCK)]
+def _check(files: Mapping[str, str], workers: int) -> Checked:
+    """Decode the files, which are given by photo."""
+    found, paths = Checked({}, [], {}), list(files.values())
+    blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
     with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
         warnings.simplefilter("ignore")  # about the metadata of photos
         seen = pool.map(lambda block: [_inspect(file) for file in block], blocks)
         hidden = not sys.stdout.isatty()
         shown = track(seen, "Checking photos", total=len(blocks), transient=True, disable=hidden)
-        for file, (reason, is_adjusted) in zip(files, itertools.chain.from_iterable(shown), strict=True):
-            if reason is not None:
-                found.unreadable[os.path.relpath(file, root)] = reason
-            elif is_adjusted:
-                found.adjusted.append(os.path.relpath(file, root))
+        try:
+            for photo, inspected in zip(files, itertools.chain.from_iterable(shown), strict=True):
+                if inspected.reason is not None:
+                    found.unreadable[photo] = inspected.reason
+                if inspected.is_adjusted:
+                    found.adjusted.append(photo)
+                if inspected.checksum is not None:
+                    found.checksums[photo] = inspected.checksum
+        except BaseException:  # of a signal: the pool would decode all other photos before the command ends
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return found
 
 
-def _inspect(file: Path) -> tuple[str | None, bool]:
-    """Return what is wrong with a photo, and whether decoding turns or scales it."""
+def _inspect(file: str) -> Inspected:
     try:
-        photo = Photo(file.read_bytes(), str(file))
+        photo = Photo(Path(file).read_bytes(), file)
         photo.decode(REDUCTION)
     except OSError as error:
-        return error.strerror or type(error).__name__, False
+        return Inspected(error.strerror or type(error).__name__)
     except UserError as error:
-        return damage(error.__context__ or error), False
-    return None, photo.is_adjusted
+        return Inspected(damage(error.__context__ or error))
+    return Inspected(None, photo.is_adjusted, None if photo.is_compressed else zlib.crc32(photo.encoded))
 
 
 def describe_unreadable(found: Checked, total: int) -> str:

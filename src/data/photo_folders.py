@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ class Listing(NamedTuple):
     """The photos of one split."""
 
     folder: Path
+    place: str
+    """The folder's path relative to the data set's, with a separator at the end. With a name, it identifies a photo."""
     classes: dict[str, list[File]]
     """By class, both sorted."""
     skipped: list[str]
@@ -38,10 +40,12 @@ class Listing(NamedTuple):
         """All photos, class by class."""
         return [file for files in self.classes.values() for file in files]
 
-    def without(self, left_out: set[Path]) -> "Listing":
-        """Leave out photos, which are given by their paths."""
-        names = {str(path.relative_to(self.folder)) for path in left_out if path.is_relative_to(self.folder)}
-        kept = {label: [file for file in files if file.name not in names] for label, files in self.classes.items()}
+    def without(self, left_out: Container[str]) -> "Listing":
+        """Leave out photos, which are given by `place` and name."""
+        kept = {
+            label: [file for file in files if self.place + file.name not in left_out]
+            for label, files in self.classes.items()
+        }
         return self._replace(classes=kept)
 
 
@@ -58,17 +62,29 @@ def split_folders(root: Path, train: str | None, val: str | None, test: str | No
         val = "val" if labelled == ["val", "test"] else None
     chosen = {"train": train, "test": test or "test", **({"val": val} if val else {})}
     folders = {split: root / name for split, name in chosen.items()}
-    if len(set(folders.values())) < len(folders):
-        named = ", ".join(f"{split}: {name}" for split, name in chosen.items())
-        raise UserError(f"One folder would be two splits ({named}): correct data.val_folder and data.test_folder.")
+    if len({os.path.abspath(folder) for folder in folders.values()}) < len(folders):
+        listed = ", ".join(f"{split}: {name}" for split, name in chosen.items())
+        raise UserError(f"One folder would be two splits ({listed}): correct data.val_folder and data.test_folder.")
     for folder in folders.values():
+        _check_sorted(folder)
         if not class_folders(folder):
+            found = f", which holds {named(class_folders(root))}," if class_folders(root) else ""
             raise UserError(
-                f"There are no class folders in {folder}: arrange the photos in data.root={root} as train/<class>/... "
-                "and val/<class>/... (or test/ instead of val/), or name the folders with data.train_folder, "
-                "data.val_folder and data.test_folder."
+                f"There are no class folders in {folder}: arrange the photos in data.root={root}{found} as "
+                "train/<class>/... and val/<class>/... (or test/ instead of val/), or name the folders with "
+                "data.train_folder, data.val_folder and data.test_folder."
             )
     return folders
+
+
+def _check_sorted(folder: Path) -> None:
+    """Raise `UserError` if a file lists the labels of the photos in images/, as in the val/ of Tiny ImageNet."""
+    lists = sorted(folder.glob("*.txt"))
+    if lists and class_folders(folder) == ["images"]:
+        raise UserError(
+            f"The photos in {folder / 'images'} are not sorted by class: move each of them to {folder}/<class>/, by "
+            f"the list {lists[0].name}. docs/data.md has a command that does this for Tiny ImageNet."
+        )
 
 
 def _is_labelled(folder: Path, classes: Sequence[str]) -> bool:
@@ -81,17 +97,32 @@ def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the folders in `folder`, without hidden folders. `folder` need not exist."""
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = (entry.name for entry in os.scandir(folder) if os.path.isdir(entry.path))  # entry.is_dir may raise
+    return sorted(name for name in names if not name.startswith("."))
 
 
-def list_photos(folder: Path) -> Listing:
-    """List the photos in the class folders of a split, at any depth. Hidden files are left out: macOS leaves them."""
-    listing = Listing(folder, {name: [] for name in class_folders(folder)}, [])
+def relative(path: Path | str, root: Path) -> str:
+    """Return a path relative to `root`, or the path itself if it is on another drive of Windows."""
+    try:
+        return os.path.relpath(path, root)
+    except ValueError:
+        return str(path)
+
+
+def list_photos(folder: Path, root: Path) -> Listing:
+    """List the photos in the class folders of a split of the data set in `root`, at any depth.
+
+    Hidden files are left out: macOS leaves them.
+    """
+    place = "" if folder == root else os.path.join(relative(folder, root), "")
+    listing = Listing(folder, place, {name: [] for name in class_folders(folder)}, [])
     start = len(str(folder)) + 1
     try:
         for entry in os.scandir(folder):
             if entry.name in listing.classes:
                 _list_files(entry.path, start, listing.classes[entry.name], listing.skipped)
+            elif not entry.name.startswith(".") and not os.path.exists(entry.path):
+                raise UserError(f"{entry.path} is a link to a missing file or folder: repair or remove it.")
             elif not entry.is_dir() and not entry.name.startswith("."):
                 listing.skipped.append(entry.path)
     except OSError as error:
@@ -102,16 +133,23 @@ def list_photos(folder: Path) -> Listing:
 
 
 def _list_files(folder: str, start: int, files: list[File], skipped: list[str]) -> None:
+    if os.path.islink(folder) and Path(folder).parent.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{folder} is a link to a folder that contains it: remove it.")
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             _list_files(entry.path, start, files, skipped)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            facts = entry.stat()
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and _may_be_photo(entry):
+            facts = entry.stat(follow_symlinks=os.path.exists(entry.path))
             files.append(File(entry.path[start:], facts.st_size, facts.st_mtime_ns))
         else:
             skipped.append(entry.path)
+
+
+def _may_be_photo(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a file, or a broken link to one. Reading a named pipe would never end."""
+    return entry.is_file() or not os.path.exists(entry.path)
 
 
 def check_classes(listings: Mapping[str, Listing]) -> None:
@@ -143,9 +181,12 @@ def named(names: Sequence[str]) -> str:
 
 def unread_notes(root: Path, listings: Mapping[str, Listing]) -> list[str]:
     """Say which folders of a data set are left unread, and which files are skipped."""
-    used = {listing.folder for listing in listings.values()}
-    unread = [name for name in class_folders(root) if not any(folder.is_relative_to(root / name) for folder in used)]
-    skipped = sorted(os.path.relpath(file, root) for listing in listings.values() for file in listing.skipped)
+    used = [Path(os.path.abspath(listing.folder)) for listing in listings.values()]
+    absolute = os.path.abspath(root)
+    unread = [
+        name for name in class_folders(root) if not any(folder.is_relative_to(Path(absolute, name)) for folder in used)
+    ]
+    skipped = sorted(relative(file, root) for listing in listings.values() for file in listing.skipped)
     notes = []
     if unread:
         notes.append(f"Left unread in {root}: {named([f'{name}/' for name in unread])}.")
@@ -154,13 +195,19 @@ def unread_notes(root: Path, listings: Mapping[str, Listing]) -> list[str]:
     return notes
 
 
-def listing_digest(listings: Mapping[str, Listing], adjusted: Sequence[str]) -> str:
-    """Hash the names and sizes of all files, and the names of the photos that decoding turns or scales.
+def listing_digest(listings: Mapping[str, Listing], adjusted: Sequence[str], checksums: Mapping[str, int]) -> str:
+    """Hash the names and sizes of all files, their checksums, and the names of photos that decoding turns or scales.
 
-    Earlier versions did not turn or scale them, so that such data is other data. The contents are not hashed.
+    Earlier versions did not turn or scale photos, so that such data is other data. The files of uncompressed photos
+    have `checksums`, because their sizes tell only the number of pixels.
     """
     sizes = [
         {label: [(file.name, file.size) for file in files] for label, files in listing.classes.items()}
         for listing in listings.values()
     ]
-    return hashlib.sha256(repr([*sizes, *([sorted(adjusted)] if adjusted else [])]).encode()).hexdigest()
+    contents = [
+        [(file.name, checksums[photo]) for file in listing.files if (photo := listing.place + file.name) in checksums]
+        for listing in listings.values()
+    ]
+    facts = [*sizes, *([sorted(adjusted)] if adjusted else []), *([contents] if any(contents) else [])]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -101,9 +101,11 @@ def value_range(mode: str, values: np.ndarray, tags: Mapping[int, Any]) -> tuple
             return low, high
     if mode == "F" and ((values >= 0) & (values <= 1)).all():
         return 0, 1
-    raise ValueError("the range of its values is unknown: convert it to 8 bits per channel")
+    raise ValueError("the range of its values is unknown, because they have more than 8 bits")
 
 
+LARGEST_RATIO = 1000
+"""Maximum ratio of a photo's longer to its shorter side in evaluation, which crops the centre in any case."""
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
@@ -130,6 +132,8 @@ class Photo:
         self.width, self.height = image.size[::-1] if self.turn in SIDEWAYS else image.size
         self.is_adjusted = self.turn is not None or image.mode.startswith(("I", "F"))
         """Whether decoding turns the photo or scales its values. Version 0.1 did neither."""
+        self.is_compressed = image.format not in ("BMP", "PPM") and image.info.get("compression") != "raw"
+        """Whether the size of the file depends on the values of the pixels."""
 
     def decode(self, reduced: int) -> tuple[Image.Image, int]:
         """Return the photo in RGB, upright, and the factor by which it is reduced.
@@ -179,12 +183,15 @@ def crop_and_resize(image: Image.Image, reduced: int, box: Sequence[int], size: 
 def centre(photo: Photo, resize: int, size: int) -> Image.Image:
     """Resize the short side of a photo to `resize`, then crop the central `size` x `size` pixels.
 
-    This equals torchvision's Resize and CenterCrop, except that a large JPEG is decoded at a reduced size.
+    This equals torchvision's Resize and CenterCrop, except that a large JPEG is decoded at a reduced size. The ends of
+    a photo beyond `LARGEST_RATIO` are cut off first: resized, a single row of pixels could take gigabytes.
     """
     short = min(photo.height, photo.width)
     image, reduced = photo.decode(reduction(short, resize))
-    new_width, new_height = resize * photo.width // short, resize * photo.height // short
-    whole = (0, 0, photo.width / reduced, photo.height / reduced)
+    width, height = (min(side, LARGEST_RATIO * short) for side in (photo.width, photo.height))
+    new_width, new_height = resize * width // short, resize * height // short
+    left, top = (photo.width - width) / 2, (photo.height - height) / 2
+    whole = (left / reduced, top / reduced, (left + width) / reduced, (top + height) / reduced)
     resized = image.resize((new_width, new_height), Image.Resampling.BILINEAR, box=whole)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     return resized.crop((left, top, left + size, top + size))

@@ -287,5 +287,6 @@ def quartiles(values: np.ndarray) -> tuple[float, float, float]:
 def processor_name() -> str:
     """Return the name of the processor. Falls back to its architecture if the system does not know the name."""
     info = Path("/proc/cpuinfo")
-    named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    named = [line for line in lines if line.startswith("model name")]
     return named[0].partition(": ")[2].strip() if named else platform.processor() or platform.machine()

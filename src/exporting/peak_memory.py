@@ -16,7 +16,7 @@ def peak() -> float:
     """Return the peak resident memory of this process in MB."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    with open("/proc/self/status") as status:  # on Linux, ru_maxrss includes the parent's peak
+    with open("/proc/self/status", encoding="utf-8") as status:  # on Linux, ru_maxrss includes the parent's peak
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from src.common.errors import UserError
 from src.common.files import atomic_write, describe_foreign, list_members
 from src.models.network import Network
-from src.models.unpickling import load_plain, load_with_stubs, refused_name
+from src.models.unpickling import Stub, load_plain, load_with_stubs, refuse_memory_bombs, refused_name
 from src.models.unwrapping import Candidate, find_weights, state_dicts
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -49,9 +49,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _no_weights(path: Path, content: Any, stubs: list[str]) -> UserError:
     if stubs and not isinstance(content, dict):
-        return _could_execute(path, stubs[0])
+        kind = type(content)
+        return _could_execute(path, f"{kind.__module__}.{kind.__name__}" if isinstance(content, Stub) else stubs[0])
     for key in ("model", "state_dict"):
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+        content = content[key] if isinstance(_get(content, key), dict) else content
     filled = isinstance(content, dict) and content
     found = f"a dict of {', '.join(map(repr, list(content)[:5]))}" if filled else f"a {type(content).__name__}"
     return UserError(f"{path} holds {found} but no weights: give a file that holds a state dict.")
@@ -64,16 +65,21 @@ def read_facts(path: Path) -> dict[str, Any]:
     are left out. Raises `UserError` if the file is missing or damaged, is a program, or could execute code.
     """
     content, _ = _read_with_stubs(path)
-    found = content if isinstance(content, dict) and isinstance(content.get("model"), dict) else {}
+    found = content if isinstance(_get(content, "model"), dict) else None
     facts: dict[str, Any] = {}
     for name, kind, count in (("class_names", str, None), ("mean", float, 3), ("std", float, 3)):
-        values: Any = found.get(name)
+        values = _get(found, name)
         fits = isinstance(values, list) and all(isinstance(value, kind) for value in values)
         if fits and len(values) == (count or len(values)) > 0:
             facts[name] = values
-    if isinstance(found.get("data"), str):
-        facts["data"] = found["data"]
+    if isinstance(digest := _get(found, "data"), str):
+        facts["data"] = digest
     return facts
+
+
+def _get(content: Any, key: str) -> Any:
+    """Return a value of a dict, or None. A file can hide the method `get` of a dict behind an attribute."""
+    return dict.get(content, key) if isinstance(content, dict) else None
 
 
 def read_file(path: Path, hint: str = "get the file again") -> Any:
@@ -105,6 +111,7 @@ def _report_unreadable(path: Path, hint: str | None = None) -> Iterator[None]:
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
+        refuse_memory_bombs(path)
         yield
     except UserError:
         raise
@@ -113,6 +120,10 @@ def _report_unreadable(path: Path, hint: str | None = None) -> Iterator[None]:
     except Exception as error:  # a damaged file can raise any exception of the zip and pickle readers
         if hint is None and (foreign := describe_foreign(path)):
             raise UserError(f"{path} is not a checkpoint, but {foreign}.") from error
+        if hint is None and isinstance(error, TypeError) and zipfile.is_zipfile(path):  # its checksums are right
+            raise UserError(
+                f"{path} holds objects that cannot be read without executing code: save only the state dict."
+            ) from error
         refused = refused_name(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if imported := refused or _first_import(path):
             raise _could_execute(path, imported) from error

@@ -6,6 +6,7 @@ compared with the names and shapes of the network.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 DEEPEST = 5
 """The number of nested dicts that are searched."""
+MOST_PLACES = 10
+"""The number of places of one dict that are searched. A tiny file can put one dict at millions of places."""
 NOT_WEIGHTS = ("total_ops", "total_params", "n_averaged")
 """Last parts of names that tools add to a state dict: counters of operations and of averages."""
 NOT_THE_NETWORK = ("criterion", "loss", "loss_fn")
@@ -81,15 +84,23 @@ def find_weights(
     return best
 
 
-def state_dicts(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+def state_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """List the nested dicts of a checkpoint that hold weights: their keys in the file, and their tensors by name."""
-    if not isinstance(content, dict) or len(place) > DEEPEST:
+    yield from _state_dicts(content, (), Counter())
+
+
+def _state_dicts(
+    content: Any, place: tuple[str, ...], visits: Counter[int]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    if not isinstance(content, dict) or len(place) > DEEPEST or visits[id(content)] == MOST_PLACES:
         return
-    named = {key: value for key, value in content.items() if isinstance(key, str)}
-    if tensors := {name: value for name, value in named.items() if is_weight(value)}:
+    visits[id(content)] += 1
+    # A file can hide the methods of its dicts and tensors behind attributes of the same names.
+    named = {key: value for key, value in dict.items(content) if isinstance(key, str)}
+    if tensors := {name: torch.detach(value) for name, value in named.items() if is_weight(value)}:
         yield place, tensors
     for key, value in named.items():
-        yield from state_dicts(value, (*place, key))
+        yield from _state_dicts(value, (*place, key), visits)
 
 
 def is_weight(value: object) -> bool:

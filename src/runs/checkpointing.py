@@ -19,7 +19,7 @@ from src.common.errors import UserError
 from src.common.files import atomic_write
 from src.models.checkpoints import read_file, serialize
 from src.runs.result import START_OVER
-from src.runs.signals import SIGNALS, leave_closed_terminal
+from src.runs.signals import ONE_REQUEST, SIGNALS, leave_closed_terminal
 from src.runs.time_budget import OutOfTime, TimeBudget
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,12 @@ def _do_nothing() -> None:
     pass
 
 
+def _ends_epoch(trainer: Trainer) -> bool:
+    """Return whether Lightning trains no further batch of this epoch, perhaps because the run ends within it."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early))
+
+
 def _read(file: Path) -> dict[str, Any]:
     content = read_file(file, START_OVER)
     state = content.get("state_dict") if isinstance(content, dict) else None
@@ -94,8 +100,8 @@ class Checkpoints(Checkpoint):
 
     A signal takes effect at the end of its batch. The run is saved, and then the earlier signal handler is called: the
     handler of `stop_on_signal` or of a cluster launcher. The end of the time budget takes effect in the same way: the
-    run is saved, and `OutOfTime` is raised. No checkpoint is saved after the last batch of an epoch, because the
-    evaluation and the epoch's own checkpoint follow.
+    run is saved, and `OutOfTime` is raised. No checkpoint is saved after the last batch of an epoch, or of the run,
+    because the evaluation and the epoch's own checkpoint follow.
 
     Several devices decide together. For this they wait for each other, every `check_every` steps (see
     `steps_between_waits`).
@@ -110,6 +116,7 @@ class Checkpoints(Checkpoint):
         self.check_every = check_every
         self.budget = budget or TimeBudget()
         self.received: int | None = None
+        self.received_at = 0.0
         self.started = False
         self.handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -124,11 +131,14 @@ class Checkpoints(Checkpoint):
         epoch_loop._broadcast_sigterm_tensor = _do_nothing
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # A second signal does not wait for the end of the batch. If a terminal closes, shell and system send one each.
-        if self.received == number and signal.Signals(number).name != "SIGHUP":
+        # A second signal does not wait for the end of the batch. But one request can be two signals: if a terminal
+        # closes, shell and system send one each, and `stop_on_signal` passes on what a cluster sends to all processes.
+        is_repeated = self.received == number and time.monotonic() - self.received_at > ONE_REQUEST
+        if is_repeated and signal.Signals(number).name != "SIGHUP":
             self._end(number, frame)
         leave_closed_terminal()
-        self.received = number
+        if self.received != number:
+            self.received, self.received_at = number, time.monotonic()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         handler = self.handlers[signal.Signals(number)]
@@ -143,7 +153,7 @@ class Checkpoints(Checkpoint):
             return
         due = self.received is not None or self.budget.is_over or time.monotonic() - self.saved >= self.interval
         due = trainer.strategy.reduce_boolean_decision(due, all=False)
-        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if due and not _ends_epoch(trainer):
             self._save(trainer)
             self._end_together(trainer)
 
@@ -159,7 +169,8 @@ class Checkpoints(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after the epoch. A run that has trained its last epoch does not end here."""
         self._save(trainer)
-        is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        has_all_steps = 0 < trainer.max_steps <= trainer.global_step
+        is_last = trainer.should_stop or has_all_steps or trainer.current_epoch + 1 == trainer.max_epochs
         self._end_together(trainer, is_last_epoch=is_last)
 
     def _save(self, trainer: Trainer) -> None:

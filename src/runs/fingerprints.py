@@ -61,7 +61,7 @@ def code_digest(modules: Iterable[str]) -> str:
         if module in seen:
             continue
         file = (PACKAGE.parent / module.replace(".", "/")).with_suffix(".py")
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("src."):
                 waiting.append(node.module or "")
@@ -70,7 +70,7 @@ def code_digest(modules: Iterable[str]) -> str:
                 node.body = [part for part in body if not _is_string(part)]  # type: ignore[attr-defined]
         seen[module] = ast.dump(tree, **options).replace(", type_params=[]", "")
         if (kernels := file.with_suffix(".cpp")).is_file():
-            seen[kernels.name] = kernels.read_text()
+            seen[kernels.name] = kernels.read_text(encoding="utf-8")
     return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()
 
 

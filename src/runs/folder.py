@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.common.errors import UserError
 from src.common.files import write_text
 from src.common.secrecy import plain_config, without_secrets
-from src.runs.identity import run_path
+from src.runs.identity import identity, run_path
 from src.runs.lock import locked
 from src.runs.result import Result, RunRecord, read_record
 
@@ -24,10 +24,14 @@ class RunFolder:
     """One run's folder on disk."""
 
     def __init__(self, cfg: DictConfig, is_rank_zero: bool = True) -> None:
-        """Find the folder of a run. Only rank zero writes to it and locks it."""
+        """Find the folder of a run. Only rank zero writes to it and locks it.
+
+        The identity is computed once, because a file whose content is part of it may change while the run trains.
+        """
         self.cfg = cfg
         self.is_rank_zero = is_rank_zero
-        self.path = run_path(cfg)
+        self.identity = identity(cfg)
+        self.path = run_path(cfg, self.identity)
         self.result_file = self.path / "result.json"
         self.student_file = self.path / "student.pth"
         self.failure_file = self.path / "failure.txt"

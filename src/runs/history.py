@@ -59,18 +59,19 @@ class History(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time."""
+        """Note the time. A validation within the epoch was of weights that this batch has changed."""
         self.batch_end = time.monotonic()
+        self.validated = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that this epoch has metrics."""
+        """Note that there are metrics of the current weights."""
         self.validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch's row. Validation has run by now."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.endswith("_step")}
         values = {name.removesuffix("_epoch"): value for name, value in values.items() if "/" in name}
-        if not self.validated:  # Lightning still holds the metrics of an earlier epoch
+        if not self.validated:  # Lightning still holds the metrics of earlier weights
             values = {name: value for name, value in values.items() if name.startswith("train/")}
         row = {
             "epoch": trainer.current_epoch,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     if not needs_teacher(cfg):
         decides["model"] = {"student": decides["model"]["student"]}
         del decides["teacher"]
+    elif cfg.teacher.allow_program and cfg.teacher.path:  # a program is named after its file, whose content counts
+        del decides["model"]["teacher"]["name"]
     for group, options in (("teacher", TeacherOptions), ("student", StudentOptions)):
         for option in set(marked(options, "by_content")) & decides.get(group, {}).keys():
             decides[group][option] = _content(cfg[group][option], decides[group][option])
@@ -76,9 +79,13 @@ def _without_marked(options: Any, schema: type) -> Any:
     return {name: value for name, value in options.items() if name not in dropped}
 
 
-def run_path(cfg: DictConfig) -> Path:
-    """Return `<runs>/<data>/<pair or network>/<method>/<serialization>-seed<seed>-<digest of the identity>`."""
+def run_path(cfg: DictConfig, decides: Mapping[str, Any] | None = None) -> Path:
+    """Return `<runs>/<data>/<pair or network>/<method>/<serialization>-seed<seed>-<digest of the identity>`.
+
+    `decides` is the identity, if it is known already.
+    """
     pair = cfg.model.name if needs_teacher(cfg) else cfg.model.student.name
-    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:8]
+    decides = identity(cfg) if decides is None else decides
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     run = f"{serialization_name(cfg)}-seed{cfg.seed}-{digest}"
     return Path(cfg.runs).expanduser().joinpath(cfg.data.name, pair, method_name(cfg), run)

@@ -31,8 +31,18 @@ class SweepError(UserError):
     def __str__(self) -> str:
         """List the failed jobs, each by the overrides that not all jobs share."""
         shared = set.intersection(*map(set, self.jobs)) if len(self.jobs) > 1 else set()
-        names = [" ".join(override for override in job if override not in shared) for job in self.failed]
+        differing = ([override for override in job if override not in shared] for job in self.failed)
+        names = [" ".join(override.lstrip("+") for override in job) for job in differing]
         return f"{len(self.failed)} of {len(self.jobs)} jobs failed: {'; '.join(names)}."
+
+
+class FailedJob(JobReturn):
+    """A failed job that raises its error, like Hydra's `JobReturn`, but without a line about it on stderr."""
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def return_value(self) -> Any:
+        """Raise the error."""
+        raise self._return_value
 
 
 class ReportingLauncher(Launcher):
@@ -53,13 +63,16 @@ class ReportingLauncher(Launcher):
         if is_pinned(self.config.hydra):
             name_visible_gpus()
         jobs = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
-        for job in jobs:
-            overrides = list(job.overrides or ())
-            self.error.jobs.append(overrides)
-            if job.status is JobStatus.FAILED:
-                self.error.failed.append(overrides)
-                job.return_value = self.error  # Hydra's sweepers raise it
-        return jobs
+        return [self._reported(job) for job in jobs]
+
+    def _reported(self, job: JobReturn) -> JobReturn:
+        """Note a job in the error. Hydra's sweepers raise the error when they read the result of a failed job."""
+        overrides = list(job.overrides or ())
+        self.error.jobs.append(overrides)
+        if job.status is not JobStatus.FAILED:
+            return job
+        self.error.failed.append(overrides)
+        return FailedJob(**{**vars(job), "_return_value": self.error})
 
 
 @contextlib.contextmanager
@@ -87,6 +100,6 @@ def is_pinned(hydra: Any) -> bool:
 
 def _redact(file: Path) -> None:
     """Remove secrets from a file to which Hydra has written the command line."""
-    text = file.read_text() if file.is_file() else ""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if text != (clean := without_secrets(text)):
         write_text(file, clean)

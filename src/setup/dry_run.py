@@ -31,18 +31,21 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
     """Compute the terms of all stages of the method, on copies of the parts and with a teacher of random weights.
 
     The optimiser, the averaging and the logger are tried too. Raises `UserError` if one of these fails, if the method
-    fails, if its terms and its weights have different names, if a term is not a scalar, if all weights are 0, or if no
-    term depends on anything that is trained.
+    fails, if its terms and its weights have different names, if a term is not a scalar, if all weights are 0, if no
+    term depends on anything that is trained, or if a callback waits for a metric that the run does not have.
     """
     cfg = copy.deepcopy(cfg)
     cfg.compile = False
     try:
         teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
         distiller = make_distiller(cfg, data, copy.deepcopy(parts), teacher)
+        _check_monitors(cfg, distiller)
         images = random_views(data)
         for module in [*(distiller.for_stage(stage) for stage in distiller.method.stages()), distiller]:
             _try_terms(module, images)
             try_options(cfg, module)
+        if cfg.schedule.batch_size == 1:
+            _try_single_image(distiller, data)
     except UserError as error:
         if str(error).startswith("The method"):
             raise UserError(f"method={method_name(cfg)}: {error}") from error
@@ -58,16 +61,16 @@ def trial_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
     return make_untrained_teacher(cfg, data)
 
 
-def random_views(data: ImageData) -> Samples:
+def random_views(data: ImageData, images: int = IMAGES) -> Samples:
     """Make a batch of random images with the labels of training images, in as many views as the method asks for."""
     generator = torch.Generator().manual_seed(0)
-    index = data.train_index[:IMAGES]
+    index = data.train_index[:images]
     shape = (len(index), *data.image_shape)
-    images = tuple(
+    views = tuple(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(data.views_per_image)
     )
-    numbers = tuple(torch.zeros_like(index) for _ in images)
-    return Samples(images, data.source.train_labels[index], index, numbers)
+    numbers = tuple(torch.zeros_like(index) for _ in views)
+    return Samples(views, data.source.train_labels[index], index, numbers)
 
 
 def _try_terms(distiller: Distiller, images: Samples) -> None:
@@ -84,6 +87,29 @@ def _try_terms(distiller: Distiller, images: Samples) -> None:
         raise UserError("The method's weights are all 0 in the first epoch: raise the weight of at least one term.")
     if not any(term.requires_grad for term in summed.values()):
         raise UserError("The method's terms depend on nothing that is trained: compute them from the student's output.")
+
+
+def _try_single_image(distiller: Distiller, data: ImageData) -> None:
+    """Raise `UserError` if the networks cannot train on one image. Batch norm needs several values per channel."""
+    try:
+        _try_terms(distiller, random_views(data, images=1))
+    except Exception as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"schedule.batch_size=1 is too small for these networks ({why}): choose 2 or more.") from error
+
+
+def _check_monitors(cfg: DictConfig, distiller: Distiller) -> None:
+    """Raise `UserError` if a callback of `trainer.callbacks` waits for a metric of an evaluation that is not logged."""
+    split = distiller.settings.validates_on
+    names = [*distiller.metrics, *(["agreement"] if distiller.teacher else [])]
+    known = [f"{split}/{name}" for name in names] if cfg.trainer.get("limit_val_batches") != 0 else []
+    for number, callback in enumerate(cfg.trainer.get("callbacks") or ()):
+        monitor = callback.get("monitor")
+        if monitor is None or not callback.get("strict", True) or monitor.startswith("train/"):
+            continue
+        if monitor not in [*known, "accuracy", "loss"]:
+            choice = f"choose one of {', '.join(known)}" if known else "leave trainer.limit_val_batches=0 out"
+            raise UserError(f"trainer.callbacks[{number}].monitor={monitor} is not a metric of this run: {choice}.")
 
 
 def _describe(error: Exception) -> str:

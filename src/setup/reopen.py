@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from src.common.errors import UserError, report_damage
 from src.config.names import needs_teacher
-from src.config.schema import DATA_SCHEMAS, TrainOptions
+from src.config.schema import DATA_SCHEMAS, DataOptions, TrainOptions
 from src.data.image_data import ImageData
 from src.data.imagenet import english_names
 from src.models.checkpoints import read_facts
@@ -66,7 +66,11 @@ def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
         return opened
     folder = Path(cfg.run).expanduser()
     run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
+    if cfg.data.root != OmegaConf.structured(DataOptions).root:  # it was given, and not left at its default
+        run_cfg.data.root = cfg.data.root
     run_cfg.trainer.accelerator = cfg.trainer.accelerator
+    if read_result(cfg.run) is None:
+        log.warning("%s is not finished: its last checkpoint is used.", folder)
     return open_run(folder, run_cfg)
 
 
@@ -81,7 +85,7 @@ def open_run(folder: Path, cfg: DictConfig) -> Opened:
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoints/last.ckpt, so there is nothing to open: {ADVICE}.")
     with report_damage(folder / "config.yaml", ADVICE):
-        opened = _open_untrained(prepare(cfg), folder)
+        opened = _open_untrained(_without_initial_weights(prepare(cfg), folder), folder)
     _check_data(folder, opened.data)
     try:
         opened.distiller.load_state_dict(checkpoint["state_dict"])
@@ -90,6 +94,17 @@ def open_run(folder: Path, cfg: DictConfig) -> Opened:
             f"{checkpoint_file(folder)} does not fit the networks of {folder / 'config.yaml'} ({error}): {ADVICE}."
         ) from None
     return opened
+
+
+def _without_initial_weights(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Let a finished run's own file replace the student's initial weights, which may be gone or must be downloaded.
+
+    The file has the student's normalisation too, which came with the initial weights. An unfinished run has no file.
+    """
+    trained = folder / "student.pth"
+    if trained.is_file() and (cfg.student.path or cfg.student.source):
+        cfg.student.update(path=str(trained), source=None, new_head=False)
+    return cfg
 
 
 def _check_data(folder: Path, data: ImageData) -> None:
@@ -136,7 +151,7 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
     if not file.is_file():
         raise UserError(f"{folder} is not a run folder, because it has no config.yaml: {ADVICE}.")
     with report_damage(file, ADVICE):
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise UserError(f"{file} has YAML aliases, which no run writes and which can expand without end: {ADVICE}.")
         merged: Any = OmegaConf.merge(OmegaConf.structured(TrainOptions), OmegaConf.create(text))
@@ -155,7 +170,7 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
 @functools.cache
 def known_targets() -> frozenset[str]:
     """List the targets that `conf/`, the schemas and `src/setup/networks.py` call."""
-    texts = [file.read_text() for file in CONF.rglob("*.yaml")]
+    texts = [file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml")]
     named = [target for text in texts for target in re.findall(r"_target_: *([\w.]+)", text)]
     data = (schema._target_ for schema in DATA_SCHEMAS)
     return frozenset([*named, *data, "src.models.sources.architecture"])
@@ -202,6 +217,8 @@ def read_result(run: str | None) -> Result | None:
 
 def read_teacher(folder: Path) -> TeacherFacts | None:
     """Read the facts of a run's teacher. Returns None if it had none. Raises `UserError` if run.json is damaged."""
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} has no run.json, which describes its teacher: {ADVICE}.")
     with report_damage(folder / "run.json", ADVICE):
         return read_record(RunRecord, folder / "run.json", ADVICE).teacher
 

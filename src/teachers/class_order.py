@@ -37,7 +37,7 @@ def class_index(
         names = WNIDS
     if class_map is not None:
         return mapped_index(class_map, names, outputs, wanted)
-    if names is not None:
+    if names is not None and (are_stated(names) or outputs == len(wanted)):
         for known, own in ((names, wanted), (english_names(names), english_names(wanted))):
             if set(own) <= set(known):
                 found = _positions(known, own)

@@ -89,8 +89,7 @@ class Distiller(L.LightningModule):
         self.recipe = recipe
         self.settings = settings
         self.teacher_predictions = teacher_predictions
-        self.normalisation: Tensor
-        self.register_buffer("normalisation", torch.tensor([settings.mean, settings.std]), persistent=False)
+        self.normalisation = torch.tensor([settings.mean, settings.std])  # no buffer: averaging would round it anew
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.adjust_logits: Callable[[Tensor], Tensor] = standardize if settings.standardize_logits else nn.Identity()
         self.forward_student = torch.compile(forward_features, dynamic=False) if settings.compiled else forward_features
@@ -119,6 +118,7 @@ class Distiller(L.LightningModule):
         self.student.to(memory_format=self.memory_format)
         device = self.trainer.strategy.root_device
         self.teacher_stream = SideStream(device)
+        self.normalisation = self.normalisation.to(device)
         if self.teacher is not None:
             self.teacher.to(device, self.memory_format)
         self.teacher_predictions = {split: each.to(device) for split, each in self.teacher_predictions.items()}
@@ -215,7 +215,7 @@ class Distiller(L.LightningModule):
         return trainer.profiler.profile(part) if trainer else nullcontext()
 
     def _normalised(self, images: Tensor) -> Tensor:
-        mean, std = self.normalisation
+        mean, std = self.normalisation.to(images.device)
         return normalise(images, mean, std).to(memory_format=self.memory_format)
 
     def _observe_view(self, images: Tensor, index: Tensor, view_numbers: Tensor) -> tuple[View, LogitPair]:

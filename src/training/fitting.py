@@ -9,6 +9,7 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
@@ -35,12 +36,15 @@ from src.training.term_log import TermLog
 
 log = logging.getLogger(__name__)
 
+NO_DEVICE = re.compile(r"not available|none are available|[Nn]o supported|only has")
+"""How Lightning says that the machine lacks a device, in an exception that also reports options that do not fit."""
+
 
 def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     """Make Lightning's Trainer as configured.
 
-    Raises `UserError` if the machine lacks the device, or if the batch size is not divisible by the number of
-    devices.
+    Raises `UserError` if its options do not fit, if the machine lacks the device, or if the batch size is not divisible
+    by the number of devices.
     """
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     # Under deterministic=true, torch fills all memory before it is used. Nothing here reads memory before writing it.
@@ -53,7 +57,10 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
         if nested := re.search(r"full_key: (trainer\..+)", str(error)):
             option = re.sub(r"(\d+)$", r"[\1]", nested[1])
             raise UserError(f"The options of {option} do not fit its _target_: {cause}.") from error
-        raise UserError(f"This machine cannot run the configured trainer ({cause}): try trainer=auto.") from error
+        text = str(cause).rstrip(".")
+        if isinstance(cause, (TypeError, ValueError, MisconfigurationException)) and not NO_DEVICE.search(text):
+            raise UserError(f"The options of trainer do not fit Lightning's Trainer: {text}.") from error
+        raise UserError(f"This machine cannot run the configured trainer ({text}): try trainer=auto.") from error
     if cfg.schedule.batch_size % trainer.world_size:
         raise UserError(
             f"schedule.batch_size={cfg.schedule.batch_size} is the global batch size, which is not divisible by "

@@ -14,7 +14,6 @@ from src.data.limits import final_batches, validated_batches
 from src.runs.checkpointing import read_checkpoint
 from src.runs.folder import RunFolder
 from src.runs.history import read_history
-from src.runs.identity import identity
 from src.runs.result import BestEpoch, Metrics, Parameters, Result, TeacherFacts
 from src.training.distiller import Distiller
 
@@ -27,10 +26,12 @@ def summarise(
     trainer: L.Trainer,
     teacher: TeacherFacts | None,
 ) -> Result:
-    """Collect a run's result from its history. If the last epoch did not score all test images, score them now."""
+    """Collect a run's result from its history. If the history lacks metrics of the last weights, score them now."""
     rows = read_history(folder.path)
     split = data.validates_on
     metrics = {split: metrics_of_split(rows[-1], split)}
+    if split == "val" and not metrics["val"] and validated_batches(cfg, data):
+        metrics["val"] = metrics_of_split(trainer.validate(distiller, datamodule=data, verbose=False)[0], "val")
     is_partial = split == "test" and validated_batches(cfg, data) < final_batches(cfg, data)
     if is_partial or not metrics.get("test"):  # validation was on other images, or the last epoch skipped it
         tested = trainer.test(distiller, datamodule=data, verbose=False)[0]
@@ -57,7 +58,7 @@ def summarise(
         train_duplicates=data.train_duplicates,
         class_names=list(data.class_names),
         superclasses=data.superclasses,
-        settings={key: value for key, value in identity(cfg).items() if key != "seed"},
+        settings={key: value for key, value in folder.identity.items() if key != "seed"},
     )
 
 

@@ -1,10 +1,13 @@
 """Freed memory stays in the process, on Linux with glibc."""
 
+import ctypes
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from src.common.allocator import keep_freed_memory
 
 FAULTS = """
 import resource
@@ -31,14 +34,10 @@ def test_freed_memory_is_used_again() -> None:
 
 @glibc
 def test_settings_of_the_environment_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from src.common.allocator import keep_freed_memory
-
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
     assert not keep_freed_memory()
 
 
 def test_other_systems_keep_their_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    from src.common import allocator
-
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
-    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert not keep_freed_memory()

@@ -4,6 +4,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from src.common.duration import duration
 
@@ -21,6 +22,14 @@ def test_a_duration_is_read(value: Any, seconds: int) -> None:
 
 def test_none_is_no_limit() -> None:
     assert duration(None) is None
+
+
+def test_a_number_is_refused_with_the_advice_to_quote_a_time_in_yaml() -> None:
+    read = OmegaConf.create("day: 1:00:00:00\nhalf: 12:00:00\nquoted: '12:00:00'")
+    assert duration(read.quoted) == timedelta(hours=12)
+    for value in (read.half, read.day, 1.5):
+        with pytest.raises(ValueError, match=r'HH:MM:SS.*; in a YAML file, put quotes around it, as in "12:00:00"$'):
+            duration(value)
 
 
 @pytest.mark.parametrize(

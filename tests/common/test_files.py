@@ -1,5 +1,6 @@
 """Files are written atomically, tables survive their files, and archives that claim too much are refused."""
 
+import ast
 import errno
 import hashlib
 import io
@@ -101,6 +102,37 @@ def test_the_content_and_the_name_of_a_file_reach_the_disk_in_this_order(
 def test_text_is_written_in_utf8(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "größer ≥\n")
     assert (tmp_path / "a.txt").read_bytes() == "größer ≥\n".encode()
+
+
+def test_temporary_names_differ_between_processes_of_the_same_id(tmp_path: Path) -> None:
+    """Containers that share a folder often give all their processes the same id."""
+    with atomic_write(tmp_path / "a.txt") as first, atomic_write(tmp_path / "a.txt") as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first != second
+        assert {*tmp_path.glob(".[0-9]*.*")} == {first, second}, "a run folder removes such files"
+    assert (tmp_path / "a.txt").read_text() == "first"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Return whether a call opens a text file without an encoding."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name not in ("open", "read_text", "write_text") or any(key.arg == "encoding" for key in call.keywords):
+        return False
+    if isinstance(call.func, ast.Attribute):
+        if ast.unparse(call.func.value) in ("os", "tarfile", "Image", "self"):
+            return False
+        return name != "open" or not call.args or "b" not in ast.unparse(call.args[0])
+    return name == "open" and (len(call.args) < 2 or "b" not in ast.unparse(call.args[1]))
+
+
+def test_text_is_read_and_written_in_utf8_everywhere() -> None:
+    """The encoding of the locale differs between machines."""
+    assert opens_text(ast.parse("a.open()", mode="eval").body)  # type: ignore[arg-type]
+    assert opens_text(ast.parse("open(file, 'w')", mode="eval").body)  # type: ignore[arg-type]
+    for file in Path(files.__file__).parents[1].rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        assert [f"{file}:{call.lineno}" for call in calls if opens_text(call)] == []
 
 
 # Tables

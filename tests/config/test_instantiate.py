@@ -123,7 +123,7 @@ def test_a_value_of_the_wrong_type_is_refused(target: str, key: str, value: Any,
     [
         ("method.beta=abc", r"^method\.beta=abc does not fit: input should be a valid number"),
         ("+method.betta=2", r"^method\.betta=2 is not an option of src\.methods\.aekt\.AEKT: its options are .*beta"),
-        ("method.weighting=foo", r"^method\.weighting=foo does not fit: input should be 'ratio', 'log_ratio' or"),
+        ("method.weighting=foo", r"^method\.weighting=foo does not fit: input should be 'ratio', 'relative', 'excess'"),
         ("method.confidence_term=perhaps", r"^method\.confidence_term=perhaps does not fit"),
     ],
 )

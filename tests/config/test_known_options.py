@@ -3,7 +3,7 @@
 import pytest
 
 from src.common.errors import UserError
-from src.config.known_options import check_options, close_options
+from src.config.known_options import check_options, check_run_options, close_options
 from src.config.schema import COMMAND_SCHEMAS
 from tests.helpers.configure import configure, options
 
@@ -44,6 +44,8 @@ def test_every_network_reads_all_its_options(network: str) -> None:
     ("override", "suggested"),
     [
         ("+epochs=5", "schedule.epochs"),
+        ("+num_epochs=5", "schedule.epochs"),
+        ("+num_workers=2", "data.workers"),
         ("+batch_size=5", "schedule.batch_size"),
         ("+seeds=1", "seed"),
         ("+val_size=5", "data.val_size"),
@@ -135,7 +137,10 @@ def test_arguments_of_a_target_and_free_tables_are_options(override: str) -> Non
 def test_an_option_within_a_list_is_checked_too() -> None:
     callback = "{_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:test/accuracy,patients:3}"
     sentence = refused(f"+trainer.callbacks=[{callback}]")
-    assert sentence.startswith("trainer.callbacks[0].patients is not an option of lightning.pytorch.callbacks.EarlySt")
+    assert sentence == (
+        "trainer.callbacks[0].patients is not an option of lightning.pytorch.callbacks.EarlyStopping: remove it from "
+        "trainer.callbacks."
+    )
 
 
 def test_names_in_the_place_of_the_option_are_preferred() -> None:
@@ -144,3 +149,21 @@ def test_names_in_the_place_of_the_option_are_preferred() -> None:
     assert close_options("temperature", names) == ["method.temperature", "gradients.temperature"]
     assert close_options("teacher.pth", names) == ["teacher.path"]
     assert close_options("x", names) == close_options("x", []) == []
+
+
+OF_RUN = {
+    "evaluate": ("data.path=a.npz", "data.root=photos", "trainer=cpu", "trainer.accelerator=cpu"),
+    "export": ("format=onnx", "images=5"),
+    "measure": ("teacher.path=a.pth", "rounds=1"),
+}
+
+
+@pytest.mark.parametrize("command", OF_RUN)
+def test_options_that_a_run_replaces_are_refused(command: str) -> None:
+    cfg = configure("run=runs/x", command=command)
+    check_run_options(cfg, {override.partition("=")[0] for override in ("run=runs/x", *OF_RUN[command])})
+    for option in ("data.val_size", "method", "seed", *(() if command == "measure" else ("teacher.path",))):
+        with pytest.raises(UserError, match=rf"^{option} cannot be given together with run=\.\.\., because"):
+            check_run_options(cfg, {"run", option})
+        check_run_options(configure("checkpoint=a.pth", command=command), {"checkpoint", option})
+    check_run_options(configure(), {"seed"})

@@ -248,3 +248,10 @@ def test_winograd_is_for_float32_without_compilation(values: dict[str, Any], sen
         return
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
         validate(cfg)
+
+
+@pytest.mark.parametrize("option", ["method.beta", "schedule.optimizer.momentum", "data.std[1]"])
+def test_a_value_that_is_not_a_number_is_refused(option: str) -> None:
+    given = "data.std=[0.2,nan,0.2]" if option == "data.std[1]" else f"{option}=nan"
+    with pytest.raises(UserError, match=rf"^{re.escape(option)}=nan is not a number: give one\.$"):
+        validate(configure("method=dkd", given))

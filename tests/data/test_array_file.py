@@ -83,6 +83,11 @@ def test_the_digest_depends_on_the_content_only(tmp_path: Path) -> None:
         ({"class_names": np.array(["alone"])}, "at least 2"),
         ({"class_names": np.array([0, 1, 2])}, "strings"),
         ({"class_names": None, "train_labels": np.full(60, 10**6)}, "range from 1000000"),
+        ({"train_labels": np.ones(60, int)}, "all train_labels are 1: add training images of another class"),
+        (
+            {"class_names": None, "train_labels": np.zeros(60, int), "test_labels": np.zeros(23, int)},
+            "all train_labels are 0: add training images of another class",
+        ),
         ({"train_superclass_labels": np.zeros(60, int), "superclass_names": np.array([1.5])}, "superclass"),
         ({"train_superclass_labels": np.zeros(59, int), "superclass_names": np.array(["a"])}, "superclass"),
         ({"train_superclass_labels": np.ones(60, int), "superclass_names": np.array(["a"])}, "superclass"),
@@ -115,7 +120,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"a single NumPy array \(\.npy\): save all arrays in one file"):
         load_arrays(tmp_path / "a.npy")
 
 
@@ -239,9 +244,12 @@ def test_channels_may_come_first(tmp_path: Path) -> None:
 
 def test_labels_of_one_column_are_squeezed(tmp_path: Path) -> None:
     contents = arrays()
-    columns = {name: contents[name][:, None] for name in ("train_labels", "test_labels")}
-    save_arrays(tmp_path / "a.npz", **{**contents, **columns})
+    contents |= {"train_superclass_labels": contents["train_labels"] // 2, "superclass_names": np.array(["a", "b"])}
+    labels = ("train_labels", "test_labels", "train_superclass_labels")
+    save_arrays(tmp_path / "a.npz", **{**contents, **{name: contents[name][:, None] for name in labels}})
     loaded = load_arrays(tmp_path / "a.npz")
+    assert loaded.superclass_of == (0, 0, 1)
+    assert "train_superclass_labels have the shape [N, 1], and are read as [N]." in loaded.notes
     np.testing.assert_array_equal(loaded.train_labels.numpy(), contents["train_labels"])
     np.testing.assert_array_equal(loaded.test_labels.numpy(), contents["test_labels"])
     assert "train_labels have the shape [N, 1], and are read as [N]." in loaded.notes
@@ -267,7 +275,6 @@ def test_labels_from_1_are_shifted(tmp_path: Path, names: tuple[str, ...] | None
         ([1, 2, 3], ["background", "cat", "dog", "elk"]),  # class 0 has a name
         ([1, 3], None),  # class 2 is missing, so that class 0 may be too
         ([0, 1, 2, 3], None),
-        ([1], None),
     ],
 )
 def test_labels_are_not_shifted_if_class_0_could_exist(
@@ -281,4 +288,14 @@ def test_labels_are_not_shifted_if_class_0_could_exist(
     loaded = load_arrays(tmp_path / "a.npz")
     assert loaded.train_labels.tolist() == labels["train_labels"].tolist()
     assert loaded.class_names == tuple(names or map(str, range(max(train) + 1)))
-    assert loaded.notes == ()
+    assert not any("are shifted" in note for note in loaded.notes)
+
+
+def test_classes_without_a_training_image_are_named(tmp_path: Path) -> None:
+    contents = arrays()
+    del contents["class_names"]
+    labels = {name: 5 * contents[name] for name in ("train_labels", "test_labels")}
+    save_arrays(tmp_path / "a.npz", **{**contents, **labels})
+    loaded = load_arrays(tmp_path / "a.npz")
+    assert len(loaded.class_names) == 11
+    assert loaded.notes == (f"Classes of {tmp_path / 'a.npz'} without a training image: 8 (1, 2, 3 and 5 more).",)

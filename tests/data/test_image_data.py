@@ -1,6 +1,7 @@
 """Splits, batches and devices. Array data stands for any data."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from src.common.errors import UserError
 from src.data.array_data import ArrayData
 from src.data.array_file import save_arrays
-from src.data.image_data import EpochBatches, Samples, with_wrong_labels
+from src.data.image_data import EpochBatches, Samples, _ignore_signals, with_wrong_labels
+from src.runs.signals import SIGNALS
 from tests.helpers.arrays import arrays
 from tests.helpers.batches import as_rank, batches, fit, indices_of, positions
 from tests.helpers.tiny import tiny_data
@@ -283,6 +286,14 @@ def test_training_reads_the_views_of_its_epoch_and_so_does_a_resumed_training(
         assert torch.equal(index, batch.index)
         assert torch.equal(images, batch.images[0])
     assert all(torch.equal(images, data.arrays.test_images) for images in resumed.validated)
+
+
+def test_workers_ignore_all_signals_that_ask_a_command_to_end() -> None:
+    def handlers(_: Any) -> list[Any]:
+        return [signal.getsignal(number) for number in SIGNALS]
+
+    loader: DataLoader[Any] = DataLoader([0], num_workers=1, worker_init_fn=_ignore_signals, collate_fn=handlers)  # type: ignore[arg-type]
+    assert list(loader) == [[signal.SIG_IGN] * len(SIGNALS)]
 
 
 @pytest.mark.slow

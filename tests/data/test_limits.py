@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.common.errors import UserError
 from src.data.limits import check_limits, final_batches, limited, scored_batches, validated_batches
 from src.methods.vanilla import Vanilla
+from tests.helpers.batches import as_rank
 from tests.helpers.configure import changed, configure
 from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer
 
@@ -58,3 +60,29 @@ def test_a_fraction_of_less_than_one_batch_is_refused(tmp_path: Path, option: st
         UserError, match=rf"^trainer\.{option}=0\.1 is less than one batch, because there are only {batches}"
     ):
         check_limits(changed(configure(), **{f"trainer__{option}": 0.1}), data)
+
+
+def test_a_merged_rest_is_no_batch_of_its_own(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path)
+    data.batch_size = len(data.train_index) // 2
+    data.train_index = data.train_index[: 2 * data.batch_size]
+    data.batch_size -= 1
+    assert len(data.train_dataloader()) == 3
+    data.train_index = data.train_index[:-1]
+    assert len(data.train_dataloader()) == 2
+    with pytest.raises(UserError, match=r"limit_train_batches=0\.4 is less than one batch, because there are only 2"):
+        check_limits(changed(configure(), trainer__limit_train_batches=0.4), data)
+
+
+@pytest.mark.parametrize(("images", "devices", "batches"), [(65, 1, 1), (65, 2, 1), (66, 1, 2), (66, 2, 1), (67, 2, 1)])
+def test_the_batches_of_several_devices_are_counted(tmp_path: Path, images: int, devices: int, batches: int) -> None:
+    """Images beyond a multiple of the devices are dropped, and one image per device joins the batch before."""
+    data = tiny_data(tmp_path, batch_size=64)
+    data.train_index = torch.arange(images)
+    assert len(as_rank(data, 0, devices).train_dataloader()) == batches
+    cfg = changed(configure(), trainer__limit_train_batches=0.5)
+    if batches > 1:
+        check_limits(cfg, data, devices)
+    else:
+        with pytest.raises(UserError, match=r"limit_train_batches=0\.5 is less than one batch, .* only 1:"):
+            check_limits(cfg, data, devices)

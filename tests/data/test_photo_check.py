@@ -1,8 +1,14 @@
 """Photos are decoded once before training: damaged ones are listed, and the result is kept."""
 
+import hashlib
+import logging
 import os
 import shutil
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +16,7 @@ from PIL import Image
 
 from src.common.errors import UserError
 from src.data import photo_check
+from src.data.photo_folders import File, Listing, listing_digest, relative
 from src.data.sharding import write_shards
 from src.data.stream_data import INDEX, StreamData
 from tests.helpers.batches import batches
@@ -57,10 +64,10 @@ def test_a_class_without_readable_photos_is_refused(damaged: Path, tmp_path: Pat
 
 def test_photos_are_checked_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Path(shutil.copytree(folder, tmp_path / "own"))
-    looked: list[Path] = []
+    looked: list[str] = []
     inspect = photo_check._inspect
 
-    def noted(file: Path) -> tuple[str | None, bool]:
+    def noted(file: str) -> photo_check.Inspected:
         looked.append(file)
         return inspect(file)
 
@@ -111,3 +118,133 @@ def test_shards_of_an_earlier_version_are_other_data(folder: Path, shards: Path,
     earlier, now = load(own, StreamData), load(shards, StreamData)
     assert earlier.source.digest != now.source.digest == load(folder).source.digest
     assert earlier.photos["train"].cache == now.photos["train"].cache, "downloaded shards stay in use"
+
+
+def test_a_broken_link_is_a_photo_that_cannot_be_read(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos")
+    (root / "train/ant/gone.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(UserError, match=r"1 of 58 photos cannot be read: train/ant/gone.jpg \(No such file or"):
+        load(root, cache=tmp_path)
+    assert load(root, cache=tmp_path, skip_corrupt=True).source.train_labels.bincount().tolist() == [14, 14, 14]
+
+
+def test_an_interrupted_check_does_not_decode_all_other_photos(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def interrupt(blocks: Iterator[Any], *_: Any, **__: Any) -> Iterator[Any]:
+        yield next(blocks)
+        raise KeyboardInterrupt
+
+    def inspect(file: str) -> photo_check.Inspected:
+        looked.append(file)
+        time.sleep(0.02)
+        return photo_check.Inspected(None)
+
+    monkeypatch.setattr(photo_check, "BLOCK", 1)
+    monkeypatch.setattr(photo_check, "_inspect", inspect)
+    monkeypatch.setattr(photo_check, "track", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder, cache=tmp_path)
+    assert len(looked) < 10
+
+
+def write_alike(root: Path, seed: int, kind: str, **options: Any) -> Path:
+    """Write two classes of two splits. The files of all seeds have equal names, times and, if uncompressed, sizes."""
+    for number, photo in enumerate(f"{split}/{label}/a.{kind}" for split in ("train", "val") for label in "ab"):
+        file = root / photo
+        file.parent.mkdir(parents=True)
+        file.write_bytes(encoded(picture(10 * seed + number, 24, 18), {"tif": "TIFF"}.get(kind, kind), **options))
+        os.utime(file, (1, 1))
+    return root
+
+
+@pytest.mark.parametrize("kind", ["bmp", "ppm", "tif"])
+def test_uncompressed_photos_of_other_pixels_are_other_data(tmp_path: Path, kind: str) -> None:
+    """Their files have equal sizes, whatever they show."""
+    one, other = (write_alike(tmp_path / str(seed), seed, kind) for seed in range(2))
+    first, second = (load(root, cache=tmp_path / "cache").source.digest for root in (one, other))
+    assert first != second
+    moved = Path(shutil.copytree(one, tmp_path / "moved"))
+    assert load(moved, cache=tmp_path / "cache").source.digest == first
+    shutil.copy(other / f"val/b/a.{kind}", one / "val/b")
+    assert load(one, cache=tmp_path / "cache").source.digest not in (first, second), "one photo has changed"
+    write_shards(load(moved), tmp_path / "shards")
+    assert load(tmp_path / "shards", StreamData).source.digest == first
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_compressed"),
+    [("JPEG", {}, True), ("PNG", {}, True), ("WEBP", {}, True), ("BMP", {}, False), ("PPM", {}, False),
+     ("TIFF", {}, False), ("TIFF", {"compression": "tiff_lzw"}, True)],
+)  # fmt: skip
+def test_the_content_of_uncompressed_photos_only_is_hashed(
+    tmp_path: Path, kind: str, options: dict[str, Any], is_compressed: bool
+) -> None:
+    """The digests of all other folders stay as they were."""
+    file = tmp_path / "a"
+    file.write_bytes(encoded(picture(0, 24, 18), kind, **options))
+    assert (photo_check._inspect(str(file)).checksum is None) == is_compressed
+
+
+def test_the_digest_of_compressed_photos_is_that_of_earlier_versions() -> None:
+    listing = Listing(Path("/photos/train"), "train/", {"ant": [File("ant/a.jpg", 5, 0)]}, [])
+    assert listing_digest({"train": listing}, [], {}) == hashlib.sha256(b"[{'ant': [('ant/a.jpg', 5)]}]").hexdigest()
+
+
+def test_damaged_photos_of_a_split_elsewhere_are_left_out(damaged: Path, tmp_path: Path) -> None:
+    val = shutil.move(damaged / "val", tmp_path / "elsewhere")
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "test_folder": str(val)}
+    with pytest.raises(
+        UserError, match=r"2 of 57 photos cannot be read: train/bee/d\.Jpg .*, \.\./elsewhere/cat/e\.png"
+    ):
+        load(damaged, **options)
+    data = load(damaged, **options, skip_corrupt=True)
+    assert data.source.test_labels.bincount().tolist() == [5, 5, 4]
+    assert len(list(data.test_dataloader())) > 0
+
+
+def test_a_split_on_another_drive_of_windows_is_named_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_drive(*_: Any) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", other_drive)
+    assert relative(Path("D:/val"), Path("C:/photos")) == "D:/val"
+
+
+def test_a_command_says_that_it_waits_for_the_check_of_another_one(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(folder, cache=tmp_path)
+    (kept,) = (tmp_path / "checked").glob("*.json")
+    kept.unlink()
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with photo_check._locked(kept):
+            held.set()
+            release.wait()
+
+    def let_go(_: logging.LogRecord) -> bool:  # the message makes the other thread release the lock
+        release.set()
+        return True
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    caplog.set_level("INFO", photo_check.__name__)
+    caplog.handler.addFilter(let_go)
+    load(folder, cache=tmp_path)
+    other.join()
+    assert caplog.messages[0] == "Waiting for another command that checks these photos."
+
+
+def test_photos_that_are_checked_already_are_not_listed_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths of a million photos take seconds, and neither they nor the lock are needed."""
+    load(folder, cache=tmp_path)
+    monkeypatch.setattr(photo_check, "_check", None)
+    monkeypatch.setattr(photo_check, "_locked", None)
+    load(folder, cache=tmp_path)

@@ -1,5 +1,6 @@
 """Which folder is which split, what is left unread, and what is skipped."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -47,10 +48,17 @@ def test_the_splits_are_detected_or_named(
     assert split_folders(tmp_path, **names) == {split: tmp_path / name for split, name in chosen.items()}
 
 
-def test_one_folder_cannot_be_two_splits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["val", "../{folder}/val", "{tmp}/val"])
+def test_one_folder_cannot_be_two_splits(tmp_path: Path, name: str) -> None:
     layout(tmp_path, "train", "val")
-    with pytest.raises(UserError, match=r"One folder would be two splits \(train: train, test: val, val: val\)"):
-        split_folders(tmp_path, None, "val", "val")
+    name = name.format(folder=tmp_path.name, tmp=tmp_path)
+    with pytest.raises(UserError, match=rf"One folder would be two splits \(train: train, test: val, val: {name}\)"):
+        split_folders(tmp_path, None, name, "val")
+
+
+def test_a_split_named_by_another_path_is_not_called_unread(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", CLASSES)
+    assert load(root, test_folder="../photos/val").source.notes == ()
 
 
 def test_an_unlabelled_test_folder_is_no_split(tmp_path: Path) -> None:
@@ -109,3 +117,46 @@ def test_the_first_skipped_files_are_named_and_all_are_counted(tmp_path: Path) -
     touch(root, *(f"train/ant/{i}.gif" for i in range(5)), "train/ant/._a.txt", "val/loose.jpg")
     (note,) = load(root).source.notes
     assert note.endswith(": 6 (train/ant/0.gif, train/ant/1.gif, train/ant/2.gif and 3 more).")
+
+
+def test_a_folder_without_class_folders_is_answered_with_the_folders_beside_it(tmp_path: Path) -> None:
+    layout(tmp_path, "train", "valid")
+    with pytest.raises(UserError, match=r"no class folders in \S+/val: .*, which holds train, valid, as train/<class>"):
+        load(tmp_path)
+
+
+def test_photos_that_a_list_sorts_by_class_are_answered_with_the_list(tmp_path: Path) -> None:
+    layout(tmp_path, "train")
+    touch(tmp_path, "val/images/val_0.JPEG", "val/val_annotations.txt")
+    with pytest.raises(UserError, match=r"val/images are not sorted by class: .* by the list val_annotations\.txt\."):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("link", ["train/ant/up", "train/self"])
+def test_a_link_to_a_folder_that_contains_it_is_refused(tmp_path: Path, link: str) -> None:
+    layout(tmp_path, "train", "val")
+    (tmp_path / link).symlink_to("..")
+    with pytest.raises(UserError, match=rf"^\S+/{link} is a link to a folder that contains it: remove it\.$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["gone", "bird"])
+def test_a_broken_link_in_the_place_of_a_class_is_refused(tmp_path: Path, target: str) -> None:
+    layout(tmp_path, "train", "val")
+    (tmp_path / "train/bird").symlink_to(target)
+    with pytest.raises(UserError, match=r"/train/bird is a link to a missing file or folder: repair or remove it\.$"):
+        load(tmp_path)
+
+
+def test_a_linked_class_folder_is_read(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", CLASSES)
+    shutil.move(root / "train/bee", tmp_path / "elsewhere")
+    (root / "train/bee").symlink_to(tmp_path / "elsewhere")
+    assert load(root).source.train_labels.bincount().tolist() == [14, 14]
+
+
+def test_a_named_pipe_is_skipped(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, CLASSES)
+    os.mkfifo(root / "train/ant/pipe.jpg")
+    (note,) = load(root).source.notes
+    assert note.endswith(": 1 (train/ant/pipe.jpg).")

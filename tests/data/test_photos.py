@@ -85,7 +85,9 @@ def test_pictures_with_more_than_8_bits_are_scaled_by_the_range_of_their_values(
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_a_picture_whose_range_is_unknown_is_refused_by_name(kind: type) -> None:
     file = encoded(Image.fromarray(GREY.astype(kind) * 3), "TIFF")
-    with pytest.raises(UserError, match=r"^some/x\.tif cannot be read as a photo \(the range of its values is unknown"):
+    with pytest.raises(
+        UserError, match=r"^some/x\.tif cannot be read as a photo \(the range of its values is unknown, .* 8 bits\): "
+    ):
         Photo(file, "some/x.tif").decode(1)
 
 
@@ -202,3 +204,22 @@ def test_a_file_that_is_not_a_photo_is_named(kind: str) -> None:
 def test_torch_and_numpy_read_the_same_pixels() -> None:
     image = picture(0, 16, 16)
     assert torch.equal(tv.pil_to_tensor(image).permute(1, 2, 0), torch.from_numpy(np.array(image)))
+
+
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_evaluation_of_a_single_row_of_pixels_cuts_off_its_ends(is_wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.zeros((1, 20_001, 3), np.uint8)
+    row[:, 9_999:10_002] = 255
+    resized: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        resized.append(size)
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    photo = Photo(encoded(Image.fromarray(row if is_wide else row.transpose(1, 0, 2)), "PNG"), "x.png")
+    centred = pixels(centre(photo, 20, 16))
+    assert sorted(resized[0]) == [20, 20_000]
+    assert centred.shape == (16, 16, 3)
+    assert (centred == 255).all()

@@ -99,8 +99,8 @@ def test_the_weight_can_have_a_temperature_of_its_own():
     log_p = (distilled / 4.0).log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     loss = -4.0 * ((q / p).clamp(max=10.0).detach() * log_p).mean()
     assert_same(term, loss)
-    gradients = [torch.autograd.grad(each, distilled)[0] for each in (term, loss)]
-    assert_same(*gradients)
+    of_term, of_loss = (torch.autograd.grad(each, distilled)[0] for each in (term, loss))
+    assert_same(of_term, of_loss)
 
 
 # The method

@@ -19,7 +19,7 @@ def test_two_steps_train_the_whole_student_and_leave_the_teacher_unchanged(new_t
     data, teacher = tiny_data(tmp_path), tiny_teacher(new_teacher)
     method = AEKT(
         cross_entropy_weight=1.0, alpha=1.0, beta=2.0, temperature=4.0, warmup_epochs=1, gamma=0.4, weighting="ratio",
-        max_weight=10.0, confidence_term=True,
+        max_weight=10.0, weight_temperature=4.0, confidence_term=True,
     )  # fmt: skip
     distiller = tiny_distiller(data, method, teacher=teacher, serialization=Serial(0.1), new_student=new_student)
     before, teacher_before = weights(distiller.student), weights(teacher.network)

@@ -5,9 +5,12 @@ import collections
 import enum
 import functools
 import io
+import linecache
 import pickle
 import sys
+import traceback
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torchvision import tv_tensors
 
-from src.models.unpickling import Stub, load_plain, load_with_stubs
+from src.common.errors import UserError
+from src.models import unpickling
+from src.models.unpickling import Stub, load_plain, load_with_stubs, refuse_memory_bombs
 
 EXECUTED: list[str] = []
 
@@ -78,6 +84,8 @@ OBJECTS: dict[str, Any] = {
     "options": argparse.Namespace(x=OwnDict(a=OwnList([1, 2]))),
     "noisy": Noisy(),
     "call": Calls(),
+    "tensor": tv_tensors.Image(torch.zeros(3, 2, 2)),
+    "exception": ValueError("x"),
 }
 
 
@@ -141,6 +149,16 @@ def hostile_pickle(code: bytes) -> bytes:
     return buffer.getvalue().replace(pickle.dumps(0, 2), b"\x80\x02" + code + b".", 1)
 
 
+def hostile_archive(code: bytes) -> bytes:
+    """Make a zip archive of torch.save whose content is this pickle."""
+    plain, buffer = io.BytesIO(), io.BytesIO()
+    torch.save(0, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"\x80\x02" + code + b"." if name.endswith("data.pkl") else old.read(name))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -170,3 +188,78 @@ def test_without_stubs_other_classes_are_refused(file: Path) -> None:
         load_plain(file)
     torch.save({"x": [1, "a"], "w": torch.ones(1)}, file)
     assert load_plain(file)["x"] == [1, "a"]
+
+
+@pytest.mark.parametrize("wrap", [hostile_pickle, hostile_archive], ids=["legacy", "zip"])
+def test_classes_that_torch_itself_adds_to_its_table_are_not_built(wrap: Any, file: Path) -> None:
+    """A frame summary opens the file that it names."""
+    assert traceback.FrameSummary in torch.serialization.get_safe_globals(), "else this test shows nothing"
+    kept = set(torch.serialization.get_safe_globals())
+    code = f"ctraceback\nFrameSummary\n(X{chr(len(__file__))}\0\0\0{__file__}K\1X\1\0\0\0ftR"
+    file.write_bytes(wrap(code.encode()))
+    linecache.clearcache()
+    content, stubs = load_with_stubs(file)
+    assert (isinstance(content, Stub), stubs) == (True, ["traceback.FrameSummary"])
+    with pytest.raises(pickle.UnpicklingError, match=r"GLOBAL traceback\.FrameSummary"):
+        load_plain(file)
+    assert __file__ not in linecache.cache
+    assert set(torch.serialization.get_safe_globals()) == kept
+
+
+def test_a_file_of_many_classes_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"own.Class{number}" for number in range(300)]
+    code = b"".join(f"cown\nClass{number}\n)R".encode() for number in range(300))
+    file.write_bytes(hostile_archive(b"(" + code + b"t"))
+    monkeypatch.setattr(unpickling, "MOST_READS", 1)
+    content, stubs = load_with_stubs(file)
+    assert (len(content), stubs) == (300, sorted(names))
+
+
+def test_a_file_that_must_be_read_very_often_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickling, "MOST_READS", 4)
+    for count in (3, 4):  # a dict of a class is found by an error, one in each attempt
+        code = b"".join(f"cown\nClass{number}\n)RK\0K\0s".encode() for number in range(count))
+        file.write_bytes(hostile_archive(b"(" + code + b"t"))
+        if count == 3:
+            assert load_with_stubs(file)[0] == ({0: 0},) * 3
+    with pytest.raises(pickle.UnpicklingError, match="too many classes"):
+        load_with_stubs(file)
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+@pytest.mark.parametrize("wrap", [hostile_pickle, hostile_archive], ids=["legacy", "zip"])
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (b"c__builtin__\nbytearray\nK\1\x85R", r"__builtin__\.bytearray"),
+        (b"cbuiltins\nbytearray\nK\1\x85R", r"builtins\.bytearray"),
+        (b"c_codecs\nencode\n" + text("a") + text("HEX") + b"\x86R", r"_codecs\.encode"),
+        (b"c_codecs\nencode\n" + text("urk") + text("-" * 99 + "rot-13") + b"\x86R", r"_codecs\.encode"),
+        (b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n", r"torch._utils\.\w+"),
+    ],
+)
+def test_functions_that_fill_the_memory_are_refused(code: bytes, name: str, wrap: Any, file: Path) -> None:
+    """Torch's reader calls them. A tiny file can ask for a terabyte, or double a text forty times."""
+    file.write_bytes(wrap(code))
+    with pytest.raises(UserError, match=rf"a\.pth asks for {name}, which could fill the memory, and is refused: give"):
+        refuse_memory_bombs(file)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_bytes_and_names_of_codecs_are_no_bombs(zipped: bool, file: Path) -> None:
+    for content in ({"w": torch.ones(1), "x": np.float64(3), "y": b"abc"}, {"codec": "hex"}):
+        torch.save(content, file, _use_new_zipfile_serialization=zipped)
+        refuse_memory_bombs(file)
+
+
+def test_a_tensor_of_an_unknown_class_keeps_its_values(file: Path) -> None:
+    torch.save({"image": tv_tensors.Image(torch.ones(3, 2, 2)), "w": torch.ones(1)}, file)
+    content, stubs = load_with_stubs(file)
+    assert stubs == ["torchvision.tv_tensors._image.Image"]
+    assert isinstance(content["image"], Stub)
+    copy: object = torch.detach(content["image"])  # type: ignore[arg-type]
+    assert type(copy) is torch.Tensor
+    assert torch.equal(copy, torch.ones(3, 2, 2))

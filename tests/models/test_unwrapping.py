@@ -1,5 +1,7 @@
 """The weights of a network are found by its names and shapes, at any place of a file and after any prefix."""
 
+import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,35 @@ def test_a_dict_in_itself_ends_the_search() -> None:
     content: dict[str, Any] = {"w": torch.ones(1)}
     content["self"] = content
     assert len(list(state_dicts(content))) < 10
+
+
+def test_a_dict_at_millions_of_places_does_not_slow_the_search() -> None:
+    content: dict[str, Any] = weights()
+    for _ in range(5):
+        content = dict.fromkeys(map(str, range(25)), content)
+    start = time.monotonic()
+    found = find_weights(content, EXPECTED, FILE)
+    assert found is not None
+    assert (found.place, found.differences) == (("0",) * 5, [])
+    assert time.monotonic() - start < 2
+
+
+def test_a_dict_at_several_places_is_found_at_each() -> None:
+    state = weights()
+    found = find_weights({"ema": state, "old": weights(2), "model": state}, EXPECTED, FILE)
+    assert found is not None
+    assert found.place == ("model",)
+
+
+def test_attributes_of_a_file_do_not_hide_methods() -> None:
+    content = OrderedDict(weights())
+    vars(content).update(dict.fromkeys(("items", "get", "keys", "values"), 5))
+    vars(content["conv.weight"]).update(to=5, numel=5)
+    ((place, tensors),) = state_dicts(OrderedDict(a=content))
+    assert place == ("a",)
+    assert {name: value.to("cpu").tolist() for name, value in tensors.items()} == {
+        name: value.tolist() for name, value in weights().items()
+    }
 
 
 @pytest.mark.parametrize("value", [1, torch.ones(2).bool(), torch.eye(2).to_sparse(), torch.ones(2, device="meta")])

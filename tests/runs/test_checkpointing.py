@@ -20,6 +20,8 @@ from src.runs.checkpointing import (
     previous_file,
     read_checkpoint,
 )
+from src.runs.history import History
+from src.training.term_log import TermLog
 from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer
 
 
@@ -117,6 +119,29 @@ def test_a_checkpoint_is_saved_after_each_epoch_and_at_each_interval(
     assert saves.steps == steps
 
 
+class Stop(Callback):
+    """End the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("how", ["max_steps", "callback"])
+def test_a_run_that_ends_within_an_epoch_saves_its_last_step_once_with_the_row_of_the_epoch(
+    tmp_path: Path, how: str
+) -> None:
+    data, saves, history = tiny_data(tmp_path), Saves(), History(tmp_path)
+    stop, options = ([], {"max_steps": 8}) if how == "max_steps" else ([Stop(8)], {})
+    callbacks = [TermLog(), history, *stop, Checkpoints(tmp_path, 0), saves]
+    trainer = tiny_trainer(3, enable_checkpointing=True, callbacks=callbacks, **options)
+    trainer.fit(tiny_distiller(data, Vanilla()), datamodule=data)
+    assert saves.steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(history.rows) == 2
+
+
 def test_the_interval_counts_from_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 60 seconds for each reading of the clock and 150 seconds between checkpoints."""
     now = [0.0]
@@ -147,10 +172,15 @@ def test_loggers_are_saved_before_the_checkpoint(tmp_path: Path) -> None:
 # Signals
 
 
-def test_the_second_signal_does_not_wait_for_the_batch(tmp_path: Path) -> None:
+def test_the_second_signal_does_not_wait_for_the_batch_unless_both_come_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now[0]))
     checkpoints, ended = Checkpoints(tmp_path, 1000), list[int]()
     checkpoints.handlers[signal.SIGTERM] = lambda number, _: ended.append(number)
-    checkpoints._receive(signal.SIGTERM, None)
-    assert ended == []
-    checkpoints._receive(signal.SIGTERM, None)
+    for later in (0, 0.5, 0.5, 0.5):
+        assert ended == []
+        now[0] += later
+        checkpoints._receive(signal.SIGTERM, None)
     assert ended == [signal.SIGTERM]

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.common.errors import UserError
 from src.common.secrecy import plain_config
 from src.runs.folder import RunFolder
+from src.runs.identity import identity, run_path
 from src.runs.lock import BusyError, is_locked, locked
 from src.runs.result import Fingerprints, RunRecord, read_record
 from tests.helpers.configure import changed, configure
@@ -51,6 +52,17 @@ def test_a_new_folder_holds_the_resolved_configuration_and_the_record(cfg: DictC
     assert names(folder) == {"config.yaml", "run.json"}
     assert OmegaConf.to_container(OmegaConf.load(folder.path / "config.yaml")) == plain_config(cfg)
     assert read_record(RunRecord, folder.record_file) == RECORD
+
+
+def test_the_identity_is_that_of_the_begin_of_the_run(cfg: DictConfig, tmp_path: Path) -> None:
+    initial = tmp_path / "initial.pth"
+    initial.write_text("first")
+    cfg = changed(cfg, student__path=str(initial))
+    folder, expected = RunFolder(cfg), identity(cfg)
+    initial.write_text("second")
+    assert identity(cfg) != expected
+    assert (folder.identity, folder.path) == (expected, run_path(cfg, expected))
+    assert RunFolder(cfg).path != folder.path
 
 
 def test_a_finished_run_returns_its_result_and_keeps_one_checkpoint(folder: RunFolder) -> None:

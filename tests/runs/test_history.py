@@ -47,6 +47,13 @@ def test_an_epoch_without_validation_has_no_metrics_of_an_earlier_epoch(tmp_path
     assert all("train/loss" in row for row in rows)
 
 
+@pytest.mark.parametrize(("interval", "has_metrics"), [(4, False), (3, True)])
+def test_a_validation_within_the_epoch_gives_no_metrics(tmp_path: Path, interval: int, has_metrics: bool) -> None:
+    """An epoch has six batches. After the batches that follow a validation, its metrics are those of other weights."""
+    rows = train(tmp_path, 2, val_check_interval=interval)
+    assert ["test/accuracy" in row for row in rows] == [has_metrics, has_metrics]
+
+
 def test_only_rank_zero_writes_the_file(tmp_path: Path) -> None:
     history = History(tmp_path)
     trainer: Any = SimpleNamespace(

@@ -22,6 +22,7 @@ from src.config.schema import (
     marked,
 )
 from src.runs.identity import identity, run_path
+from src.setup.networks import with_library_networks
 from tests.helpers.configure import configure
 
 
@@ -255,6 +256,16 @@ def test_a_file_counts_by_its_content_wherever_it_is(tmp_path: Path, option: str
     cfg = plain()
     cfg[group][name] = str(tmp_path / "a.pth")
     assert identity(cfg)[group][name] == "sha256:7692c3ad3540bb80"
+
+
+def test_a_renamed_copy_of_a_program_is_the_same_teacher(tmp_path: Path) -> None:
+    def folder(name: str, content: str) -> Path:
+        (tmp_path / name).write_text(content)
+        cfg = copy.deepcopy(plain())
+        cfg.teacher.update(path=str(tmp_path / name), allow_program=True)
+        return run_path(with_library_networks(cfg))
+
+    assert folder("a.pt", "one") == folder("b.pt", "one") != folder("c.pt", "two")
 
 
 def test_a_class_map_that_is_not_given_keeps_the_identity_of_earlier_runs() -> None:

@@ -73,7 +73,7 @@ def test_a_signal_saves_the_batch_and_the_message_says_how_to_resume(
     place = Place(tmp_path / "here", *SMALL, *sources, "method=vanilla", "checkpoint_minutes=1000", "data.workers=1")
     whole = Place(tmp_path / "whole", *place.arguments)
     calls = whole.train()["calls"]
-    ended = place.train(calls * 6 // 7, number)
+    ended = place.train(calls * 8 // 9, number)
     assert ended["code"] == code
     assert ended["err"].splitlines() == [
         f"Stopped by {signal.Signals(number).name}: the same command resumes from the last checkpoint."

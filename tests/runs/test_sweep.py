@@ -43,8 +43,8 @@ def test_failed_jobs_are_named_by_the_overrides_that_not_all_jobs_share() -> Non
     error.jobs = [["method=kd", "seed=0"], ["method=kd", "seed=1"], ["method=kd", "seed=2", "data.flip=false"]]
     error.failed = [error.jobs[1], error.jobs[2]]
     assert str(error) == "2 of 3 jobs failed: seed=1; seed=2 data.flip=false."
-    error.jobs = error.failed = [["method=kd", "seed=0"]]
-    assert str(error) == "1 of 1 jobs failed: method=kd seed=0."
+    error.jobs = error.failed = [["method=kd", "++epochs=5"]]
+    assert str(error) == "1 of 1 jobs failed: method=kd epochs=5."
 
 
 def test_all_batches_of_a_sweep_are_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_all_batches_of_a_sweep_are_one_report(tmp_path: Path, capsys: pytest.Ca
     for job in (first[1], second[1]):
         with pytest.raises(SweepError, match=r"^2 of 4 jobs failed: seed=1; seed=3\.$"):
             _ = job.return_value
-    assert "Error executing job with overrides: ['seed=1']" in capsys.readouterr().err
+    assert capsys.readouterr().err == "", "Hydra would add a line for each failed job"
 
 
 def test_hydra_gets_the_reporting_launcher_and_then_its_own_again(

@@ -124,6 +124,16 @@ def test_a_run_of_an_intended_shorter_length_is_finished_and_says_its_length(
     assert run("train", *arguments).out.rstrip().endswith("after the last epoch."), "another run, of all epochs"
 
 
+def test_a_budget_that_ends_with_the_last_step_of_the_run_does_not_pause_it(tmp_path: Path, data: str) -> None:
+    arguments = (*BASE, data, "method=vanilla", f"runs={tmp_path / 'runs'}", "trainer.max_steps=3")
+    pauses = 0
+    while "The same command resumes." in (ran := run("train", *arguments, "trainer.max_time={seconds: 0.001}")).out:
+        pauses += 1
+    assert (ran.code, ran.err, pauses) == (0, "", 2)
+    (file,) = tmp_path.rglob("result.json")
+    assert json.loads(file.read_text())["steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("option", "phrase"),
     [

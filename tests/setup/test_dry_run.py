@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -330,3 +330,39 @@ def test_a_program_is_loaded_because_it_cannot_be_made_again(cfg: DictConfig, tm
     cfg = changed(cfg, teacher__path=str(tmp_path / "missing.pt"), teacher__allow_program=True)
     with pytest.raises(UserError, match=r"missing\.pt does not exist"):
         trial_teacher(cfg, make_data(cfg))
+
+
+EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+
+
+@pytest.mark.parametrize(
+    ("monitor", "limit", "advice"),
+    [
+        ("val_loss", None, "choose one of test/accuracy, test/ece, test/nll, test/top5, test/agreement."),
+        ("val/nll", None, "choose one of test/accuracy"),
+        ("test/nll", 0, "leave trainer.limit_val_batches=0 out."),
+        ("test/nll", None, None),
+        ("test/agreement", None, None),
+        ("train/cross_entropy_epoch", None, None),
+    ],
+)
+def test_a_callback_that_waits_for_an_unknown_metric_is_refused(
+    cfg: DictConfig, monitor: str, limit: int | None, advice: str | None
+) -> None:
+    given = changed(cfg, method=configure("method=kd").method)
+    with open_dict(given):
+        given.trainer.update(callbacks=[{"_target_": EARLY_STOPPING, "monitor": monitor}], limit_val_batches=limit)
+    if advice is None:
+        tried(given)
+        return
+    with pytest.raises(UserError) as caught:
+        tried(given)
+    assert str(caught.value).startswith(f"trainer.callbacks[0].monitor={monitor} is not a metric of this run: {advice}")
+
+
+def test_a_batch_of_one_image_is_tried(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = changed(cfg, schedule__batch_size=1)
+    tried(single)
+    student = configure("network@model.student=imagenet/resnet18").model.student
+    with pytest.raises(UserError, match=r"^schedule\.batch_size=1 is too small for these networks \(Expected more"):
+        tried(changed(single, model__student=student))

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,6 +127,36 @@ def test_a_run_without_a_teacher_has_none(finished: Place) -> None:
     assert read_teacher(folder) is None
 
 
+def test_a_run_without_its_record_is_named(copied: Path) -> None:
+    (copied / "run.json").unlink()
+    with pytest.raises(UserError, match=r"has no run\.json, which describes its teacher: choose another run\.$"):
+        read_teacher(copied)
+
+
+@pytest.mark.parametrize("new_head", ["false", "true"])
+def test_a_finished_run_is_opened_without_its_initial_weights(place: Place, new_head: str) -> None:
+    initial = place.path / "initial.pth"
+    save_weights(resnet8(10), initial, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    assert place.train("method=vanilla", f"student.path={initial}", f"student.new_head={new_head}").code == 0
+    initial.unlink()
+    folder = place.folder("vanilla")
+    opened = open_run(folder, read_config(folder, "here"))
+    assert same(weights(opened.distiller.student), read_state_dict(folder / "student.pth"))
+    assert (opened.distiller.settings.mean, opened.distiller.settings.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (folder / "student.pth").unlink()
+    with pytest.raises(UserError, match=r"initial\.pth"):
+        open_run(folder, read_config(folder, "here"))
+
+
+def test_the_weights_of_a_library_are_not_downloaded_for_a_finished_run(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.setup.networks.pretrained", Mock(side_effect=UserError("There is no network.")))
+    monkeypatch.setattr("src.setup.reopen.prepare", lambda cfg: cfg)  # the configuration of the run has its network
+    opened = open_run(copied, changed(read_config(copied, "here"), student__source="timm/resnet8"))
+    assert same(weights(opened.distiller.student), read_state_dict(copied / "student.pth"))
+
+
 def test_a_run_without_a_checkpoint_cannot_be_opened(copied: Path) -> None:
     shutil.rmtree(copied / "checkpoints")
     with pytest.raises(
@@ -227,6 +258,15 @@ def test_a_run_is_opened_on_the_accelerator_of_the_command(finished: Place, aekt
     cfg = changed(configure("trainer=cpu", command="evaluate"), run=str(aekt), data__path=str(finished.data))
     opened = open_run_or_checkpoint(cfg)
     assert (opened.cfg.trainer.accelerator, opened.cfg.method.name) == ("cpu", "aekt")
+
+
+def test_a_given_data_root_replaces_that_of_the_run_even_if_it_exists(
+    finished: Place, aekt: Path, tmp_path: Path
+) -> None:
+    for given in ({}, {"data__root": str(tmp_path)}):
+        cfg = changed(configure(command="evaluate"), run=str(aekt), data__path=str(finished.data), **given)
+        own = read_config(aekt, "here").data.root
+        assert open_run_or_checkpoint(cfg).cfg.data.root == given.get("data__root", own)
 
 
 @pytest.mark.parametrize(("run", "checkpoint"), [(None, None), ("runs/x", "x.pth")])

@@ -68,6 +68,10 @@ def test_as_many_classes_of_other_names_are_refused(names: Any, unknown: str) ->
 def test_numbers_in_place_of_names_are_no_names() -> None:
     assert class_index(("cat", "dog"), 2, ("0", "1")) is None
     assert class_index(("0", "1"), 2, ("cat", "dog")) is None
+    assert class_index(("0", "1"), 2, ("1", "0")) == [1, 0], "as many classes: the numbers tell their order"
+    for wanted in (tuple("01234"), ("3", "7")):
+        with pytest.raises(UserError, match=rf"^The teacher has 10 classes \(0, 1, .*the data has {len(wanted)} "):
+            class_index(tuple("0123456789"), 10, wanted)
 
 
 # The class map

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from tests.helpers import commands
-from tests.helpers.tiny import kd, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
+from tests.helpers.tiny import MEAN, STD, kd, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 DECAY = 0.9
 
@@ -47,6 +47,7 @@ def test_the_average_is_evaluated_and_saved(tmp_path: Path, monkeypatch: pytest.
             if value.is_floating_point():
                 torch.testing.assert_close(found[name], value, msg=name)
     assert same(weights(teacher.network), teacher_before)
+    assert torch.equal(distiller.normalisation, torch.tensor([MEAN, STD]))
     assert averaging._average_model is not None
     assert not any("teacher" in name for name in averaging._average_model.state_dict())
 

@@ -344,6 +344,27 @@ def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         make_trainer(config(trainer__accelerator="cuda"))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"gradient_clip_val": "abc"}, "`gradient_clip_val` should be an int or a float. Got abc"),
+        ({"gradient_clip_algorithm": "abc"}, "`gradient_clip_algorithm` abc is invalid"),
+        ({"limit_train_batches": 1.5}, "invalid value 1.5 for limit_train_batches"),
+        ({"strategy": "nonsense"}, "`strategy='nonsense'`"),
+        ({"devices": 0}, "`Trainer(devices=0)`"),
+        ({"profiler": "abc"}, "`profiler`"),
+    ],
+)
+def test_options_that_lightning_refuses_are_not_called_a_missing_device(overrides: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_trainer(config(), **{"logger": False, "enable_checkpointing": False, **overrides})
+    message = str(caught.value)
+    assert message.startswith("The options of trainer do not fit Lightning's Trainer: ")
+    assert named in message
+    assert message.endswith(".")
+    assert not message.endswith("..")
+
+
 def test_an_object_within_the_trainer_that_cannot_be_made_is_named() -> None:
     callbacks = "+trainer.callbacks=[{_target_:lightning.pytorch.callbacks.EarlyStopping}]"
     with pytest.raises(

@@ -38,6 +38,7 @@ def steps_on_fake_cuda(folder: Path, distiller: Distiller, steps: int = 2) -> li
     found = []
     with fake_cuda() as mode:
         to_fake_cuda(distiller, mode)
+        distiller.normalisation = to_fake_cuda(distiller.normalisation, mode)
         if (teacher := distiller.teacher) is not None:
             to_fake_cuda(teacher.network, mode)
             teacher.normalisation = to_fake_cuda(teacher.normalisation, mode)
@@ -129,6 +130,7 @@ def test_an_evaluation_batch_on_a_fake_gpu_waits_for_nothing(tmp_path: Path) -> 
     distiller = prepared(tmp_path, "kd")
     with fake_cuda() as mode:
         to_fake_cuda(distiller, mode)
+        distiller.normalisation = to_fake_cuda(distiller.normalisation, mode)
         for metric in [*distiller.metrics.values(), distiller.agreement]:
             metric._device = CUDA
             for name, value in metric._defaults.items():

@@ -21,7 +21,7 @@ from tests.helpers.tiny import kd, same, tiny_data, tiny_distiller, tiny_teacher
 def aekt() -> AEKT:
     return AEKT(
         cross_entropy_weight=1.0, alpha=1.0, beta=2.0, temperature=4.0, warmup_epochs=2, gamma=0.4, weighting="ratio",
-        max_weight=10.0, confidence_term=True,
+        max_weight=10.0, weight_temperature=4.0, confidence_term=True,
     )  # fmt: skip
 
 

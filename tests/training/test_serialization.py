@@ -139,7 +139,9 @@ def test_parallel_learns_apart_from_the_students_classifier(student: ColourNetwo
 
 
 def test_a_learnt_factor_multiplies_the_layer_s_output(student: ColourNetwork, logits: Tensor) -> None:
-    serialization = allocated(Serial(lr_scale=0.1, factor=True), student)
+    serialization = Serial(lr_scale=0.1, factor=True)
+    serialization.allocate(student)
+    assert serialization.factor is not None
     assert torch.equal(serialization(logits, None), logits)
     assert dict(serialization.named_parameters())["factor"] == 1
     serialization.load_state_dict({**serialization.state_dict(), "factor": torch.tensor(2.5)})

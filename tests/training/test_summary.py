@@ -1,5 +1,6 @@
 """A result holds the last epoch's metrics, whichever split was evaluated in it, and the best epoch beside them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,24 @@ from tests.helpers.tiny import CLASSES, kd, tiny_data, tiny_distiller, tiny_teac
 
 def run(tmp_path: Path, data: ArrayData, **options: Any) -> tuple[Result, list[dict[str, float]], DictConfig]:
     """Train a student alone. Returns the result, the history and the configuration."""
-    composed = configure("method=vanilla", "trainer=cpu", "logger=none", "gradients.every=0", "schedule.batch_size=8")
+    composed = configure(
+        "method=vanilla", "trainer=cpu", "logger=none", "gradients.every=0", "schedule.batch_size=8",
+        "+trainer.val_check_interval=1.0",
+    )  # fmt: skip
     cfg = changed(composed, **{"runs": str(tmp_path / "runs"), "trainer__max_epochs": 3, **options})
     distiller = tiny_distiller(data, Vanilla())
     distiller.settings = replace(distiller.settings, validates_on=data.validates_on)
     folder = RunFolder(cfg)
     trainer = fit(cfg, distiller, data, folder.path)
     return summarise(cfg, distiller, data, folder, trainer, None), read_history(folder.path), cfg
+
+
+def with_held_out(folder: Path) -> ArrayData:
+    """Load the tiny data with 8 of its training images held out."""
+    data = tiny_data(folder)
+    data.val_size = 8
+    data.load()
+    return data
 
 
 def metrics_of(row: dict[str, float], split: str) -> Metrics:
@@ -61,15 +73,34 @@ def test_the_test_set_is_evaluated_if_the_last_epoch_skipped_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_held_out_images_are_validated_and_the_test_set_is_evaluated_once(tmp_path: Path, every: int) -> None:
-    data = tiny_data(tmp_path)
-    data.val_size = 8
-    data.load()
-    result, rows, _ = run(tmp_path, data, trainer__check_val_every_n_epoch=every)
+    result, rows, _ = run(tmp_path, with_held_out(tmp_path), trainer__check_val_every_n_epoch=every)
     assert not any("test/accuracy" in row for row in rows)
     assert result.test.accuracy >= 0
-    assert result.val == (metrics_of(rows[-1], "val") if every == 1 else None)
+    assert ("val/accuracy" in rows[-1]) == (every == 1)
     assert result.best_epoch is not None
     assert result.best_epoch.split == "val"
+
+
+@pytest.mark.parametrize(
+    "averaging", [None, {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.5}]
+)
+@pytest.mark.parametrize(
+    "seldom", [{"trainer__val_check_interval": 4}, {"trainer__check_val_every_n_epoch": 2}], ids=str
+)
+@pytest.mark.parametrize("load", [with_held_out, tiny_data])
+def test_the_metrics_are_those_of_the_last_weights(
+    tmp_path: Path, load: Callable[[Path], ArrayData], seldom: dict[str, Any], averaging: Any
+) -> None:
+    """The last validation was within the last epoch of 5 or 6 steps, or before that epoch."""
+    expected, *_ = run(tmp_path / "whole", load(tmp_path), averaging=averaging)
+    result, rows, _ = run(tmp_path / "seldom", load(tmp_path), averaging=averaging, **seldom)
+    assert not any(name.endswith("accuracy") for name in rows[-1])
+    assert (result.val, result.test) == (expected.val, expected.test)
+
+
+def test_without_validation_a_result_has_no_validation_metrics(tmp_path: Path) -> None:
+    result, *_ = run(tmp_path, with_held_out(tmp_path), trainer__limit_val_batches=0)
+    assert result.val is None
 
 
 @pytest.mark.parametrize("limit", [0, 0.5, 1, 2])
