@@ -68,7 +68,7 @@ def weights_by_confidence(pairs: np.ndarray, method: AEKT) -> Figure:
 
     `pairs` [K, 2, B] holds log p_t and log q_t.
     """
-    figure, panels = plt.subplots(1, len(MOMENTS), figsize=(11, 3.6), sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(MOMENTS), figsize=(11, 3.8), sharex=True, sharey=True, layout="constrained")
     for panel, moment in zip(panels, MOMENTS, strict=True):
         end = max(WINDOW, round(moment * len(pairs)))
         log_p, log_q = torch.from_numpy(pairs[end - WINDOW : end]).transpose(0, 1).flatten(1)
@@ -77,7 +77,7 @@ def weights_by_confidence(pairs: np.ndarray, method: AEKT) -> Figure:
         panel.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         bound = (weight >= 0.999 * method.max_weight).float().mean()
         panel.set_title(
-            f"{100 * moment:.0f} % of the steps: mean weight {weight.mean():.1f}, {100 * bound:.0f} % at the bound"
+            f"after {100 * moment:.0f} % of the steps:\nmean weight {weight.mean():.1f}, {100 * bound:.0f} % at bound"
         )
         panel.title.set_fontsize(9)
         panel.set_xlabel("student's confidence $p_t$")
@@ -92,14 +92,14 @@ def shares(steps: np.ndarray, pairs: np.ndarray, method: AEKT) -> Figure:
     weight = torch.stack(
         [explicit_weight(p, q, method.weighting, method.max_weight) for p, q in zip(log_p, log_q, strict=True)]
     )
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     left.plot(steps, smooth(weight.mean(dim=1).numpy()), label="mean weight")
-    left.plot(
-        steps, smooth((weight >= 0.999 * method.max_weight).float().mean(dim=1).numpy()), label="share at the bound"
-    )
+    at_bound = (weight >= 0.999 * method.max_weight).float().mean(dim=1)
+    middle.plot(steps, 100 * smooth(at_bound.numpy()), label="images at the bound, %")
     right.plot(steps, smooth(log_p.exp().mean(dim=1).numpy()), label="student's confidence $p_t$")
     right.plot(steps, smooth(log_q.exp().mean(dim=1).numpy()), label="teacher's confidence $q_t$")
-    for panel in (left, right):
+    for panel in (left, middle, right):
+        panel.set_ylim(bottom=0)
         finish(panel)
     return figure
 
@@ -159,7 +159,7 @@ def main() -> None:
     file = (options.runs / "confidences.npz").resolve()
     callback = f"{{_target_: benchmarks.aekt_explain.Confidences, file: {file}, every: {options.every}}}"
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        places = [f"runs={options.runs}", f"gradients.every={options.every}", f"trainer.callbacks=[{callback}]"]
+        places = [f"runs={options.runs}", f"gradients.every={options.every}", f"+trainer.callbacks=[{callback}]"]
         cfg = compose("train", ["method=aekt", *options.overrides, *places])
     train(cfg)
     method = AEKT(**{name: cfg.method[name] for name in AEKT.__init__.__annotations__ if name != "return"})

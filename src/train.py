@@ -30,7 +30,7 @@ from src.runs.history import read_history
 from src.runs.loggers import ForgivingLogger
 from src.runs.result import Result, RunRecord, TeacherFacts
 from src.runs.time_budget import OutOfTime, TimeBudget, describe_pause, time_budget
-from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
+from src.setup.assemble import balanced_weights, make_data, make_distiller, make_method, make_parts, prepare
 from src.setup.dry_run import dry_run
 from src.setup.teacher import MeasuredTeacher, find_teacher, measure_teacher, teacher_places
 from src.teachers.teacher import Teacher
@@ -60,6 +60,7 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     if cfg.winograd or (needs_teacher(cfg) and cfg.teacher.winograd):
         check_winograd(probe.strategy.root_device)
     report_data(data, probe)
+    report_class_weights(cfg, data)
     check_limits(cfg, data, probe.world_size)
     dry_run(cfg, data, parts)
     folder = RunFolder(cfg, probe.is_global_zero)  # now, because the file of student.path was read just now
@@ -178,6 +179,16 @@ def report_data(data: ImageData, trainer: Trainer) -> None:
     for note in data.notes(trainer.world_size):
         if trainer.is_global_zero:
             log.info("%s", note)
+
+
+def report_class_weights(cfg: DictConfig, data: ImageData) -> None:
+    """Log the smallest and the largest weight that cross-entropy gives to an image, if classes have weights."""
+    if not cfg.class_weights:
+        return
+    weights = balanced_weights(data.trained_labels, data.num_classes)
+    by_weight = sorted((weight, name) for weight, name in zip(weights, data.class_names, strict=True) if weight)
+    (low, first), (high, last) = by_weight[0], by_weight[-1]
+    log.info("Cross-entropy weighs each image by its class: from %.3g (%s) to %.3g (%s).", low, first, high, last)
 
 
 def report_duplicates(data: ImageData) -> None:

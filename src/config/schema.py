@@ -89,6 +89,12 @@ def _check_callbacks(value: Any) -> Any:
     return value
 
 
+def _check_size(value: float) -> float:
+    if isinstance(value, float) and value >= 1:
+        raise ValueError("give a whole number of images, or a share below 1")
+    return value
+
+
 def _check_limit(value: float) -> float:
     if value > 1 and value % 1:
         raise ValueError("give a number of batches, or a fraction of all batches between 0 and 1")
@@ -98,6 +104,7 @@ def _check_limit(value: float) -> float:
 Name = Annotated[str, AfterValidator(_check_name)]
 Channels = Annotated[list[float], AfterValidator(_check_channels)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[int | float, Field(ge=0), AfterValidator(_check_size)]
 Limit = Annotated[NonNegativeFloat, AfterValidator(_check_limit)]
 PositiveLimit = Annotated[PositiveFloat, AfterValidator(_check_limit)]
 
@@ -140,8 +147,10 @@ class DataOptions:
 
     name: Name = MISSING
     root: str = no_effect("${oc.env:AEKT_DATA,data}")
-    train_size: NonNegativeInt | None = None
-    val_size: NonNegativeInt = 0
+    train_size: Size | None = None
+    """A number of images, or a share of those that are not held out."""
+    val_size: Size = 0
+    """A number of images, or a share of them."""
     split_seed: int = 0
     workers: NonNegativeInt = no_effect(0)
     mean: Channels | None = None
@@ -306,6 +315,10 @@ class TrainOptions:
     logger: Any = no_effect()
     averaging: Any = student_only(None)
     standardize_logits: bool = student_only(False)
+    label_smoothing: Share = added(0.0, student_only=True)
+    """The share of each label that cross-entropy spreads over all classes. A teacher is trained without."""
+    class_weights: Annotated[str, one_of("balanced")] | None = added()
+    """"balanced": each class has the same total weight in cross-entropy. None: each image."""
     seed: int = 0
     channels_last: bool = True
     compile: bool = False

@@ -138,8 +138,8 @@ class ImageData(L.LightningDataModule):
         self,
         *,
         name: str,
-        train_size: int | None,
-        val_size: int,
+        train_size: float | None,
+        val_size: float,
         split_seed: int,
         workers: int,
         batch_size: int,
@@ -214,11 +214,12 @@ class ImageData(L.LightningDataModule):
                 f"data.val_size={self.val_size} holds training images out, but {where} has validation images already: "
                 f"set data.val_size=0 to use them{self.how_to_ignore_val}."
             )
-        self.val_index = stratified(labels, torch.arange(len(labels)), self.val_size, self.split_seed, "data.val_size")
+        val_size = count_of(self.val_size, len(labels))
+        self.val_index = stratified(labels, torch.arange(len(labels)), val_size, self.split_seed, "data.val_size")
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[self.val_index] = False
         rest = kept.nonzero()[:, 0]
-        size = len(rest) if self.train_size is None else self.train_size
+        size = len(rest) if self.train_size is None else count_of(self.train_size, len(rest))
         self.train_index = stratified(labels, rest, size, self.split_seed, "data.train_size")
         if not len(self.train_index):
             raise UserError("No training images are left: lower data.val_size or raise data.train_size.")
@@ -456,6 +457,15 @@ def with_wrong_labels(labels: Tensor, num_classes: int, share: float, seed: int)
     bits = random_bits(seed, 0, torch.arange(len(labels)), WRONG_LABELS)
     other = (labels + 1 + (uniform(bits, 1) * (num_classes - 1)).long()) % num_classes
     return torch.where(uniform(bits, 0) < share, other, labels)
+
+
+def count_of(size: float, images: int) -> int:
+    """Return a size in images: an integer is one already, and a fraction is a share of `images`.
+
+    >>> count_of(0.1, 45), count_of(45, 45)
+    (4, 45)
+    """
+    return round(size * images) if isinstance(size, float) else size
 
 
 def stratified(labels: Tensor, candidates: Tensor, size: int, seed: int, option: str) -> Tensor:

@@ -15,10 +15,9 @@ predictions.
 
 from pydantic import NonNegativeFloat
 from torch import Tensor
-from torch.nn import functional as F
 
 from src.methods.kd import kd_loss
-from src.methods.method import Batch, DistillationLogits, LogitMethod, Networks, at_least_float32
+from src.methods.method import Batch, DistillationLogits, LogitMethod, Networks, at_least_float32, cross_entropy
 from src.models.network import Network
 
 
@@ -47,6 +46,6 @@ class DML(LogitMethod):
         peer = at_least_float32(self.peer(batch.views[0].images))
         return {
             "mutual": kd_loss(logits.student, peer.detach(), 1.0),
-            "peer_cross_entropy": F.cross_entropy(peer, batch.target),
+            "peer_cross_entropy": cross_entropy(batch, peer),
             "peer_mutual": kd_loss(peer, logits.student.detach(), 1.0),
         }

@@ -138,6 +138,10 @@ class Batch:
     """From 0."""
     step: int
     """The number of optimiser steps before this one."""
+    label_smoothing: float = 0.0
+    """The share of each label that cross-entropy spreads over all classes."""
+    class_weights: Tensor | None = None
+    """[C], the weight of an image of each class in cross-entropy. None: 1."""
 
     @property
     def student(self) -> Output:
@@ -313,9 +317,17 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def cross_entropy(batch: Batch) -> Tensor:
-    """Compute the cross-entropy of the labels on the student's own logits."""
-    return F.cross_entropy(at_least_float32(batch.student.logits), batch.target)
+def cross_entropy(batch: Batch, logits: Tensor | None = None) -> Tensor:
+    """Compute the cross-entropy of the labels on `logits` [B, C], by default the student's own.
+
+    Smoothing s replaces each label by (1 - s) onehot(t) + s / C. Class weights multiply each image's loss. The result
+    is the mean over the images.
+    """
+    logits = at_least_float32(batch.student.logits if logits is None else logits)
+    if batch.class_weights is None:
+        return F.cross_entropy(logits, batch.target, label_smoothing=batch.label_smoothing)
+    losses = F.cross_entropy(logits, batch.target, reduction="none", label_smoothing=batch.label_smoothing)
+    return (batch.class_weights.index_select(0, batch.target) * losses).mean()
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:

@@ -203,6 +203,22 @@ def make_settings(cfg: DictConfig, data: ImageData, mean: Any, std: Any) -> Sett
         validates_on=data.validates_on,
         seed=cfg.seed,
         channels_last=cfg.channels_last,
+        label_smoothing=cfg.label_smoothing,
+        class_weights=balanced_weights(data.trained_labels, data.num_classes) if cfg.class_weights else None,
         standardize_logits=cfg.standardize_logits,
         compiled=cfg.compile,
     )
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> tuple[float, ...]:
+    """Compute the weight N / (C n_c) of each class c with n_c of N images, and 0 for a class without images.
+
+    `labels` are the classes of the training images, or -1 for images that are left out. If all classes have images, all
+    have the same total weight, and the mean weight of an image is 1.
+
+    >>> balanced_weights(torch.tensor([0, 0, 0, 1, -1]), 2)
+    (0.6666666666666666, 2.0)
+    """
+    counts = labels[labels >= 0].bincount(minlength=num_classes)
+    weights = counts.sum() / (num_classes * counts.double())
+    return tuple(torch.where(counts > 0, weights, 0.0).tolist())

@@ -54,6 +54,10 @@ class Settings:
     """The split that the validation loader reads."""
     seed: int
     channels_last: bool = True
+    label_smoothing: float = 0.0
+    """As in `Batch`."""
+    class_weights: tuple[float, ...] | None = None
+    """As in `Batch`."""
     standardize_logits: bool = False
     """Standardize the logits of student and teacher before distillation compares them."""
     compiled: bool = False
@@ -90,6 +94,7 @@ class Distiller(L.LightningModule):
         self.settings = settings
         self.teacher_predictions = teacher_predictions
         self.normalisation = torch.tensor([settings.mean, settings.std])  # no buffer: averaging would round it anew
+        self.class_weights = None if settings.class_weights is None else torch.tensor(settings.class_weights)
         self.memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.adjust_logits: Callable[[Tensor], Tensor] = standardize if settings.standardize_logits else nn.Identity()
         self.forward_student = torch.compile(forward_features, dynamic=False) if settings.compiled else forward_features
@@ -119,6 +124,7 @@ class Distiller(L.LightningModule):
         device = self.trainer.strategy.root_device
         self.teacher_stream = SideStream(device)
         self.normalisation = self.normalisation.to(device)
+        self.class_weights = None if self.class_weights is None else self.class_weights.to(device)
         if self.teacher is not None:
             self.teacher.to(device, self.memory_format)
         self.teacher_predictions = {split: each.to(device) for split, each in self.teacher_predictions.items()}
@@ -157,7 +163,15 @@ class Distiller(L.LightningModule):
         pairs = zip(samples.images, samples.view_numbers, strict=True)
         observed = [self._observe_view(images, samples.index, numbers) for images, numbers in pairs]
         views = tuple(view for view, _ in observed)
-        batch = Batch(views, samples.target, samples.index, self.current_epoch, self.global_step)
+        batch = Batch(
+            views,
+            samples.target,
+            samples.index,
+            self.current_epoch,
+            self.global_step,
+            self.settings.label_smoothing,
+            self.class_weights,
+        )
         return batch, DistillationLogits(tuple(logits for _, logits in observed))
 
     def training_step(self, samples: Samples, batch_idx: int) -> Tensor:

@@ -216,6 +216,17 @@ def test_class_sizes_of_an_uneven_split_differ_by_at_most_one(make_data: Make, v
     assert len(data.train_index) == 60 - val_size
 
 
+def test_sizes_can_be_shares_of_the_images(make_data: Make) -> None:
+    """The share of training images is one of those that are not held out."""
+    data = make_data(val_size=0.2, train_size=0.25)
+    data.load()
+    assert (len(data.val_index), len(data.train_index)) == (12, 12)
+    counted = make_data(val_size=12, train_size=12)
+    counted.load()
+    assert torch.equal(data.val_index, counted.val_index)
+    assert torch.equal(data.train_index, counted.train_index)
+
+
 def test_splits_depend_on_their_own_seed_only(make_data: Make) -> None:
     def split(**options: Any) -> ArrayData:
         data = make_data(val_size=12, **options)
@@ -244,6 +255,7 @@ def test_a_smaller_training_set_is_part_of_a_larger_one(make_data: Make) -> None
         ({"val_size": -1}, "data.val_size=-1"),
         ({"val_size": 2}, "data.val_size=2"),
         ({"val_size": 61}, "data.val_size=61"),
+        ({"val_size": 0.03}, "data.val_size=2"),
         ({"val_size": 60}, "No training images"),
         ({"train_size": 0}, "No training images"),
         ({"train_size": 2}, "data.train_size=2"),

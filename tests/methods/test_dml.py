@@ -21,6 +21,18 @@ def test_the_sum_has_no_weights_in_the_paper():
     assert configured("dml").weights(0) == configured("dml").weights(239) == wanted
 
 
+def test_both_students_learn_from_the_smoothed_labels(tmp_path: Path):
+    method = DML(mutual_weight=1.0)
+    distiller = tiny_distiller(tiny_data(tmp_path), method).double().eval()
+    images, labels = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2])
+    view = View(images, logits_only(distiller.student(images)), None)
+    batch = Batch((view,), labels, torch.arange(3), epoch=0, step=0, label_smoothing=0.2)
+    terms = method.all_terms(batch, DistillationLogits((LogitPair(view.student.logits, None),)))
+    for name, logits in (("cross_entropy", view.student.logits), ("peer_cross_entropy", method.peer(images))):
+        expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+        torch.testing.assert_close(terms[name], expected)
+
+
 def test_terms_match_the_paper_and_teach_one_network_each(tmp_path: Path):
     method = DML(mutual_weight=1.0)
     distiller = tiny_distiller(tiny_data(tmp_path), method).double().eval()

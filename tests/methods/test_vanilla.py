@@ -1,5 +1,7 @@
 """Training alone: cross-entropy on the student's own logits, and nothing else."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,6 +20,24 @@ def test_the_loss_is_cross_entropy_of_the_students_own_logits():
     assert_same(terms["cross_entropy"], -log_p.gather(1, target[:, None]).mean())
     assert_same(of_own, (log_p.exp() - torch.eye(10)[target]) / BATCH)
     assert of_distilled is None
+
+
+def test_smoothed_labels_and_class_weights_change_cross_entropy():
+    own, distilled, teacher, target = three_logits()
+    batch, logits = observed(distilled, teacher, target, own=own)
+    class_weights = torch.linspace(0.5, 2.0, 10, dtype=torch.float64)
+    log_p = torch.tensor([log_softmax(row, 1.0) for row in own.tolist()], dtype=torch.float64)
+    smoothed = 0.7 * torch.eye(10, dtype=torch.float64)[target] + 0.03
+    for options, labels, weights in (
+        ({"label_smoothing": 0.3}, smoothed, torch.ones(BATCH, dtype=torch.float64)),
+        ({"class_weights": class_weights}, torch.eye(10)[target], class_weights[target]),
+        ({"label_smoothing": 0.3, "class_weights": class_weights}, smoothed, class_weights[target]),
+    ):
+        changed = dataclasses.replace(batch, **options)
+        term = Vanilla().all_terms(changed, logits)["cross_entropy"]
+        assert_same(term, -(weights * (labels * log_p).sum(dim=1)).mean())
+        (gradient,) = torch.autograd.grad(term, own, retain_graph=True)
+        assert_same(gradient, weights[:, None] * (log_p.exp() - labels) / BATCH)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)

@@ -13,6 +13,7 @@ from src.methods.combined import Combined
 from src.methods.kd import KD
 from src.setup.assemble import (
     Parts,
+    balanced_weights,
     make_data,
     make_distiller,
     make_method,
@@ -216,6 +217,25 @@ def test_the_module_is_made_of_the_parts_and_the_settings(cfg: DictConfig) -> No
     assert (settings.mean, settings.std) == ((0.1, 0.2, 0.3), tuple(data.std))
     assert (settings.standardize_logits, settings.channels_last, settings.compiled) == (True, False, False)
     assert set(distiller.teacher_predictions) == {"test"}
+    assert (settings.label_smoothing, settings.class_weights) == (0.0, None)
+
+
+def test_cross_entropy_gets_its_options(cfg: DictConfig) -> None:
+    cfg = changed(cfg, label_smoothing=0.1, class_weights="balanced")
+    data, parts = assembled(cfg)
+    settings = make_distiller(cfg, data, parts, make_untrained_teacher(cfg, data)).settings
+    counts = data.trained_labels.bincount()
+    assert settings.label_smoothing == 0.1
+    assert settings.class_weights == pytest.approx((counts.sum() / (len(counts) * counts)).tolist())
+
+
+@pytest.mark.parametrize(("labels", "weights"), [([0, 0, 0, 1], (2 / 3, 2.0)), ([0, 1, -1, -1], (1.0, 1.0))])
+def test_balanced_classes_have_the_same_total_weight(labels: list[int], weights: tuple[float, ...]) -> None:
+    assert balanced_weights(torch.tensor(labels), 2) == pytest.approx(weights)
+
+
+def test_a_class_without_images_has_no_weight() -> None:
+    assert balanced_weights(torch.tensor([0, 0, 2, 2]), 3) == pytest.approx((2 / 3, 0.0, 2 / 3))
 
 
 def test_parameters_of_a_method_depend_on_the_seed_alone(cfg: DictConfig) -> None:
