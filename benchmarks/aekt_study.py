@@ -83,11 +83,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "vanilla": ("method=vanilla",),
     "kd": ("method=kd",),
     "dkd": ("method=dkd",),
+    "dkd alpha": ("method=dkd",),
     "dkd serial": ("method=dkd", "serialization=serial"),
     "one": ("method=aekt", "method.weighting=one", "serialization=none"),
     "aekt": ("method=aekt",),
 }
-"""The overrides of each setting. `one` is DKD with plain cross-entropy at temperature T, the control."""
+"""The overrides of each setting. Two are controls for explicit transfer, whose gradient is parallel to TCKD's: `dkd
+alpha` searches the weight of TCKD too, and `one` adds plain cross-entropy at temperature T."""
 
 
 class Job(NamedTuple):
@@ -125,6 +127,8 @@ def constants(setting: str, trial: int) -> dict[str, str | float]:
         share = round(0.5 + 0.45 * own[0], 2) if trial else 0.9
         return {**found, "method.kd_weight": share, "method.cross_entropy_weight": round(1 - share, 2)}
     found["method.beta"] = log_uniform(shared[2], 0.5, 8.0) if trial else 2.0
+    if setting == "dkd alpha":
+        found["method.alpha"] = log_uniform(own[0], 0.5, 8.0) if trial else 1.0
     if setting in ("one", "aekt"):
         found["method.gamma"] = log_uniform(own[0], 0.1, 4.0) if trial else 0.4
     if setting == "aekt":
@@ -189,7 +193,9 @@ def append_row(file: Path, row: Mapping[str, object]) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Run a rung of the search, and append its trials to the CSV file."""
-    jobs = list(jobs_of_rung(options.rung, read_trials(options.bed)))[options.part :: options.parts]
+    rows = read_trials(options.bed)
+    done = {(row["setting"], int(row["trial"]), int(row["seed"])) for row in rows}
+    jobs = [job for job in jobs_of_rung(options.rung, rows) if job not in done][options.part :: options.parts]
     for number, job in enumerate(jobs):
         print(f"{number + 1} of {len(jobs)}: {job}", flush=True)
         result = run(options, *BEDS[options.bed], *overrides_of(job.setting, job.trial), f"seed={job.seed}")
