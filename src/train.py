@@ -3,7 +3,9 @@
 import copy
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -20,10 +22,12 @@ from src.config.names import method_name, needs_teacher
 from src.config.schema import TrainOptions, marked
 from src.config.validation import check_training
 from src.data.image_data import ImageData
-from src.data.limits import check_limits, final_batches, validated_batches
+from src.data.limits import check_keep_best, check_limits, final_batches, validated_batches
 from src.methods.method import Method
 from src.models.checkpoints import save_weights
+from src.models.network import Network
 from src.models.winograd import check_winograd
+from src.runs.best_student import FILE, BestStudent
 from src.runs.fingerprints import fingerprints, versions
 from src.runs.folder import RunFolder
 from src.runs.history import read_history
@@ -54,6 +58,7 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     method = make_method(cfg)
     data = make_data(cfg, method.views_per_image)
     check_search(cfg, data)
+    check_keep_best(cfg, data)
     parts = make_parts(cfg, data, method, for_training=True)
     # Reports a missing device early. It also measures the teacher, and knows whether this process is rank zero.
     probe = make_trainer(cfg, logger=False, enable_checkpointing=False)
@@ -203,15 +208,15 @@ def save(
 ) -> None:
     """Write the student and the result, and publish them to W&B. Only rank zero does this."""
     if trainer.is_global_zero:
-        save_weights(
-            distiller.student,
-            folder.student_file,
-            name=cfg.model.student.name,
-            class_names=list(data.class_names),
-            mean=list(distiller.settings.mean),
-            std=list(distiller.settings.std),
-            data=data.source.digest,
-        )
+        facts = {
+            "name": cfg.model.student.name,
+            "class_names": list(data.class_names),
+            "mean": list(distiller.settings.mean),
+            "std": list(distiller.settings.std),
+            "data": data.source.digest,
+        }
+        save_weights(distiller.student, folder.student_file, **facts)
+        save_best(distiller.student, folder, trainer, facts)
         folder.finish(result)
         for logger in trainer.loggers:
             if isinstance(logger, ForgivingLogger) and isinstance(logger.inner, WandbLogger):
@@ -220,6 +225,19 @@ def save(
                 distiller.to(trainer.strategy.root_device)
                 publish(logger.experiment, distiller, data, result, folder.student_file, final_batches(cfg, data))
     trainer.strategy.barrier()
+
+
+def save_best(student: Network, folder: RunFolder, trainer: Trainer, facts: Mapping[str, Any]) -> None:
+    """Write the student of the best epoch, if the run has kept it."""
+    for best in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(best, BestStudent) and best.weights:
+            network = copy.deepcopy(student)
+            network.load_state_dict(best.weights)
+            save_weights(network, folder.path / FILE, **facts, epoch=best.epoch, val_accuracy=best.accuracy)
+            accuracy, epoch = 100 * best.accuracy, best.epoch + 1
+            log.info(
+                "%s: the student after epoch %d, chosen by its validation accuracy of %.2f %%.", FILE, epoch, accuracy
+            )
 
 
 def check_search(cfg: DictConfig, data: ImageData) -> None:

@@ -317,6 +317,8 @@ class TrainOptions:
     standardize_logits: bool = student_only(False)
     label_smoothing: Share = added(0.0, student_only=True)
     """The share of each label that cross-entropy spreads over all classes. A teacher is trained without."""
+    keep_best: bool = added(False, student_only=True)
+    """Keep the student of the epoch with the highest validation accuracy too (`src/runs/best_student.py`)."""
     class_weights: Annotated[str, one_of("balanced")] | None = added()
     """"balanced": each class has the same total weight in cross-entropy. None: each image."""
     seed: int = 0

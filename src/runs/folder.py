@@ -1,8 +1,9 @@
 """The folder of a run. Its name follows from the configuration, so that the same command finds it again.
 
 It holds config.yaml (resolved), run.json (versions, fingerprints, teacher), metrics.csv (one row per epoch),
-gradients.csv, checkpoints/last.ckpt, student.pth (the student alone) and, once the run is finished, result.json. If an
-error ended the run, failure.txt holds its message.
+gradients.csv, checkpoints/last.ckpt, student.pth (the student alone) and, once the run is finished, result.json. With
+keep_best=true, student_best.pth is the student of another epoch. If an error ended the run, failure.txt holds its
+message.
 """
 
 import shutil

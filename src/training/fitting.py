@@ -19,6 +19,7 @@ from src.config.instantiate import bind, instantiate, report_misfit
 from src.config.names import class_name
 from src.data.image_data import ImageData
 from src.methods.method import Method
+from src.runs.best_student import BestStudent
 from src.runs.checkpointing import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -139,12 +140,13 @@ def fit(
         place = folder / "stages" / stage.name
         options = {"max_epochs": epochs, "logger": False, **strategy_options(cfg, distiller.method)}
         _fit_stage(cfg, distiller.for_stage(stage), data, place, budget, **options)
+    best = [BestStudent()] if cfg.keep_best else []
     averaging = [made] if (made := make_averaging(cfg)) else []
     anatomy = [GradientAnatomy(folder, **cfg.gradients)] if cfg.gradients.every else []
     own = [hydra.utils.instantiate(callback) for callback in cfg.trainer.get("callbacks") or ()]
     logger = make_logger(cfg, folder)
     options = {
-        "callbacks": [*averaging, *anatomy, *own],
+        "callbacks": [*best, *averaging, *anatomy, *own],
         "logger": ForgivingLogger(logger) if isinstance(logger, Logger) else logger,
     }
     trainer = _fit_stage(cfg, distiller, data, folder, budget, **options, **strategy_options(cfg, distiller.method))

@@ -22,7 +22,7 @@ from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer, weights,
 
 CASES = {
     "own parameters and banks": ("method=crd", "method@also=ctkd", "averaging=ema", "averaging.decay=0.9"),
-    "a stage, workers": ("method=ab", "data.workers=1", "schedule=cifar240"),
+    "a stage, workers": ("method=ab", "data.workers=1", "schedule=cifar240", "data.val_size=12", "keep_best=true"),
     "view store": ("method=kd", "teacher.view_store=true", "optimizer=dot"),
     "teacher first": ("method=aekt", "schedule.epochs=2", "teacher.path=null"),
 }
