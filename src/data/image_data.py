@@ -454,6 +454,8 @@ def with_wrong_labels(labels: Tensor, num_classes: int, share: float, seed: int)
     >>> with_wrong_labels(torch.zeros(1000, dtype=torch.int64), 3, 0.3, seed=0).bincount().tolist()
     [703, 130, 167]
     """
+    if share == 0:
+        return labels
     bits = random_bits(seed, 0, torch.arange(len(labels)), WRONG_LABELS)
     other = (labels + 1 + (uniform(bits, 1) * (num_classes - 1)).long()) % num_classes
     return torch.where(uniform(bits, 0) < share, other, labels)

@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
     prefix: str
     tensors: dict[str, Tensor]
     differences: list[str]
-    """What keeps them from being the network's weights."""
+    """The names and shapes in which they differ from the network's weights."""
     matching: int
     """The number of names and shapes that are the network's."""
     is_scattered: bool

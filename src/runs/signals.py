@@ -50,7 +50,7 @@ def stop_on_signal() -> Iterator[None]:
             child.terminate()
         if os.getpid() == command and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             name = signal.Signals(number).name
-            with contextlib.suppress(OSError):  # nobody reads stderr any more
+            with contextlib.suppress(OSError):  # stderr is closed
                 print(f"Stopped by {name}: the same command resumes from the last checkpoint.", file=sys.stderr)
         if is_first:
             _wait_for_checkpoints(children)
@@ -91,7 +91,7 @@ def leave_closed_terminal() -> None:
 
 
 def _is_closed(stream: int) -> bool:
-    """Return whether nobody can read a stream: its terminal or pipe is closed, or it is the null device."""
+    """Return whether a stream has no reader: a closed terminal or pipe, or the null device."""
     if stat.S_ISCHR(os.fstat(stream).st_mode):
         return not os.isatty(stream)
     if not hasattr(select, "poll"):  # Windows

@@ -39,7 +39,7 @@ class SweepError(UserError):
 class FailedJob(JobReturn):
     """A failed job that raises its error, like Hydra's `JobReturn`, but without a line about it on stderr."""
 
-    @property  # type: ignore[misc]  # nobody sets it
+    @property  # type: ignore[misc]  # without the setter of the base class
     def return_value(self) -> Any:
         """Raise the error."""
         raise self._return_value

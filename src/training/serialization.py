@@ -28,6 +28,7 @@ class Serialization(nn.Module):
     weight_decay: float | None = None
     """None means the optimiser's own weight decay."""
     needs_teacher = False
+    """Whether the layer starts from the teacher's last layer."""
 
     def allocate(self, student: Network, teacher: Teacher | None = None) -> None:
         """Make the layer in sizes that fit the student's classifier."""
@@ -72,14 +73,10 @@ class Serial(Serialization):
     ) -> None:
         super().__init__()
         self.lr_scale = lr_scale
-        self.start, self.has_factor, self.decay = start, factor, decay
+        self.needs_teacher = start == "teacher"
+        self.has_factor, self.decay = factor, decay
         self.factor: nn.Parameter | None
         self.register_parameter("factor", None)
-
-    @property
-    def needs_teacher(self) -> bool:  # type: ignore[override]
-        """Whether the layer starts from the teacher's last layer."""
-        return self.start == "teacher"
 
     def allocate(self, student: Network, teacher: Teacher | None = None) -> None:
         """Make one C x C linear layer. Raises `UserError` if the teacher has no last layer from which to start."""

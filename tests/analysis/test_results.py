@@ -159,7 +159,7 @@ def test_a_result_that_lacks_a_key_is_foreign(tmp_path: Path, missing: str) -> N
     )  # fmt: skip
 
 
-# What is the same
+# Runs of the same setting
 
 
 def test_the_same_teacher_from_two_places_is_one_setting(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
         save_arrays(tmp_path / "file" / "a.npz", **arrays())
 
 
-# What is accepted because it is unambiguous
+# Unambiguous variants are accepted
 
 
 def test_a_validation_split_is_read(tmp_path: Path) -> None:
