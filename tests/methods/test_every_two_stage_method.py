@@ -82,8 +82,9 @@ def test_a_main_stage_that_does_not_read_its_teacher_does_not_ask_it(method: str
 def test_a_stage_has_its_own_learning_rate(method: str, tmp_path: Path):
     made, data = configured(method), tiny_data(tmp_path)
     distiller = tiny_distiller(data, made, teacher=taught_by(resnet20))
+    trainer = {"strategy": "auto", "max_epochs": 9}
     cfg = OmegaConf.create(
-        {"trainer": {"strategy": "auto", "max_epochs": 9}, "averaging": None, "gradients": {"every": 0}, "logger": None}
+        {"trainer": trainer, "averaging": None, "gradients": {"every": 0}, "logger": None, "keep_best": False}
     )
     rates: list[tuple[bool, float]] = []
 
