@@ -212,6 +212,18 @@ class StreamDataOptions(PhotoDataOptions):
 
 
 @dataclass
+class AugmentationOptions:
+    """The augmentation of training images (`src/data/augmentation.py`). The defaults are conf/augmentation/standard."""
+
+    name: Name = "standard"
+    crop_and_flip: bool = True
+    policy: Any = None
+    policy_from_view: NonNegativeInt = 0
+    """The number of the first view that the policy acts on, for methods with several views of each image."""
+    mixing: Any = None
+
+
+@dataclass
 class ScheduleOptions:
     """Number of epochs, batch size, optimiser and learning rate."""
 
@@ -306,6 +318,9 @@ class TrainOptions:
     method: Any = MISSING
     also: Any = student_only(None)
     serialization: Any = MISSING
+    augmentation: AugmentationOptions = field(
+        default_factory=AugmentationOptions, metadata={"added": True, "student_only": True}
+    )
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     optimizer: Any = student_only(None)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)

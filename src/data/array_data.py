@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from src.common.errors import UserError
 from src.data.array_file import ImageArrays, load_arrays
 from src.data.image_data import ImageData, Reader, Samples, Share
 from src.data.source import Split
-from src.data.views import crop_and_flip, draw_views, view_count
+from src.data.view_reader import ViewReader
+from src.data.views import crop_and_flip, draw_view, draw_views, view_count
 
 
 class ArrayReader(Reader):
@@ -34,11 +36,29 @@ class ArrayReader(Reader):
         return Samples((pixels.permute(0, 3, 1, 2),), self.labels[rows], index)
 
 
+@dataclass
+class ArrayViewReader(ViewReader):
+    """Makes the views of images [N, 3, H, W] in the memory of the host or of a device when it reads them."""
+
+    images: Tensor
+    padding: int
+    flip: bool
+
+    def crops(self, index: Tensor, bits: Sequence[Tensor]) -> list[Tensor]:
+        """Gather images and crop them, as described in `ViewReader`."""
+        images = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        if not self.augmentation.crop_and_flip:
+            return [images] * len(bits)
+        views = view_count(self.padding, self.flip)
+        return [crop_and_flip(images, each % views, self.padding) for each in bits]
+
+
 class ArrayData(ImageData):
     """Images from an array file: the file `path`, or the file in `root`, which `prepare` makes if it is missing.
 
     If `mean` or `std` is None, it is measured on the training images. A view is a random crop of the image with
-    `padding` black pixels on each side. With `flip`, half of the views are mirrored.
+    `padding` black pixels on each side. With `flip`, half of the views are mirrored. Views that are only cropped and
+    flipped are made on the training device. Other views are made when the images are read, and a policy needs the CPU.
 
     With `device_memory`, the images lie in the memory of the training device, so that no batch has to be copied there.
     "auto" means on a GPU on which they take at most half of the free memory. The views are the same in any case.
@@ -82,28 +102,59 @@ class ArrayData(ImageData):
         mean, std = channel_statistics(self.arrays.train_images)
         return self.given_mean or mean, self.given_std or std
 
-    def reader(self, split: Split, index: Tensor | None = None) -> ArrayReader:
-        """Return a reader of a split. It does not augment."""
-        return ArrayReader(self.arrays.images(split), self.arrays.labels(split), index)
+    def load(self) -> None:
+        """Read the labels and draw the splits.
+
+        Raises `UserError` if a policy excludes `device_memory`, or if `ImageData.load` raises it.
+        """
+        if self.augmentation.policy is not None and self.device_memory is True:
+            raise UserError(
+                "data.device_memory=true does not fit this augmentation, because its random operations run on the CPU: "
+                "leave data.device_memory at auto."
+            )
+        super().load()
+
+    def reader(self, split: Split, index: Tensor | None = None) -> Reader:
+        """Return a reader of a split. It augments training images if this cannot wait for `augment`."""
+        labels = self.train_labels if split == "train" else self.arrays.labels(split)
+        return self._reader(split, self.arrays.images(split), labels, index)
+
+    def _reader(self, split: Split, images: Tensor, labels: Tensor, index: Tensor | None) -> Reader:
+        if split != "train" or self.augmentation.is_geometric:
+            return ArrayReader(images, labels, index)
+        return ArrayViewReader(
+            labels=labels,
+            augmentation=self.augmentation,
+            partners=self.train_index.to(images.device),
+            views_per_image=self.views_per_image,
+            seed=self.seed,
+            fixed_views=self.fixed_views,
+            images=images,
+            padding=self.padding,
+            flip=self.flip,
+        )
 
     def lies_on(self, device: torch.device) -> bool:
         """Return whether training on this device reads the images from its memory."""
+        if self.augmentation.policy is not None:
+            return False
         if self.device_memory != "auto":
             return self.device_memory
         size = sum(array.nbytes for array in self._host_arrays().values())
         return device in self.device_arrays or fits_in_memory(size, device)
 
-    def device_reader(self, split: Split, index: Tensor | None, device: torch.device) -> ArrayReader:
+    def device_reader(self, split: Split, index: Tensor | None, device: torch.device) -> Reader:
         """Return a reader of the images in the memory of a device. They are copied there once."""
         if device not in self.device_arrays:
             self.device_arrays[device] = {name: array.to(device) for name, array in self._host_arrays().items()}
-        arrays, part = self.device_arrays[device], "train" if split == "held_out" else split
-        index = index if index is None else index.to(device)
-        return ArrayReader(arrays[f"{part}_images"], arrays[f"{part}_labels"], index)
+        arrays = self.device_arrays[device]
+        images = arrays["train_images" if split == "held_out" else f"{split}_images"]
+        return self._reader(split, images, arrays[f"{split}_labels"], index if index is None else index.to(device))
 
     def _host_arrays(self) -> dict[str, Tensor]:
         images = {f"{split}_images": self.arrays.images(split) for split in self.arrays.splits}
-        return images | {f"{split}_labels": self.arrays.labels(split) for split in self.arrays.splits}
+        labels = {f"{split}_labels": self.arrays.labels(split) for split in self.arrays.splits}
+        return images | labels | {"train_labels": self.train_labels, "held_out_labels": self.arrays.labels("train")}
 
     def view_records(self, epochs: int) -> Tensor:
         """List the records of the view store that a training of this many epochs reads, [R] int64, each once."""
@@ -115,21 +166,21 @@ class ArrayData(ImageData):
 
     def draw(self, index: Tensor, epoch: int, view: int) -> Tensor:
         """Draw the view numbers [B] int64 of the training images at the positions `index` [B]."""
-        return draw_views(
-            index,
-            seed=self.seed,
-            epoch=epoch,
-            padding=self.padding,
-            flip=self.flip,
-            view=view,
-            fixed_views=self.fixed_views,
-        )
+        keys = {"seed": self.seed, "epoch": epoch, "view": view, "fixed_views": self.fixed_views}
+        if not self.augmentation.is_geometric:
+            return draw_view(index, views_per_image=self.views_per_image, **keys).number
+        if self.augmentation.is_constant:
+            return torch.zeros_like(index)
+        return draw_views(index, padding=self.padding, flip=self.flip, **keys)
 
     def augment(self, batch: Samples, epoch: int) -> Samples:
-        """Replace the images by their views in `epoch`."""
+        """Replace the images by their views in `epoch`, unless the reader has done so."""
+        if batch.view_numbers:
+            return batch
         (images,) = batch.images
         numbers = tuple(self.draw(batch.index, epoch, view) for view in range(self.views_per_image))
-        views = tuple(crop_and_flip(images, number, self.padding) for number in numbers)
+        is_cropped = self.augmentation.crop_and_flip
+        views = tuple(crop_and_flip(images, each, self.padding) if is_cropped else images for each in numbers)
         return batch._replace(images=views, view_numbers=numbers)
 
     @cached_property
@@ -149,13 +200,18 @@ class ArrayData(ImageData):
         return 3, height, width
 
     def view_count(self, epochs: int) -> int:
-        """Return how many different views an image has. The number of epochs does not matter."""
-        return view_count(self.padding, self.flip)
+        """Return how many view numbers an image has. For crops and flips, the number of epochs does not matter."""
+        if self.augmentation.is_geometric and not self.augmentation.is_constant:
+            return view_count(self.padding, self.flip)
+        return super().view_count(epochs)
 
     @property
     def views_name(self) -> str:
-        """Padding and flip, as part of a file name."""
-        return f"{self.padding}-{self.flip}"
+        """Padding, flip and augmentation, as part of a file name."""
+        crops = f"{self.padding}-{self.flip}{self.augmentation_key}"
+        if self.augmentation.is_geometric:
+            return crops
+        return f"{crops}-fixed" if self.fixed_views is not None else f"{crops}-{self.views_per_image}-seed{self.seed}"
 
 
 def _hashes(images: Tensor) -> list[int]:

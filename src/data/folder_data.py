@@ -18,7 +18,8 @@ from src.data.photo_check import check_photos, describe_unreadable
 from src.data.photo_folders import Listing, check_classes, list_photos, listing_digest, split_folders, unread_notes
 from src.data.photos import Photo, centre, crop_and_resize, reduction
 from src.data.source import Source, Split
-from src.data.views import FIRST_VIEW, DrawnView, draw_fixed_view, random_bits, resized_crop_boxes
+from src.data.view_reader import ViewReader
+from src.data.views import resized_crop_boxes
 
 RATIO = (3 / 4, 4 / 3)
 """Range of width / height of training crops. torchvision's default, which everybody uses."""
@@ -77,40 +78,28 @@ class EvaluationReader(Reader):
         """Return the batch at these positions of the split."""
         index = torch.tensor(share.positions)
         rows = index if self.index is None else self.index[index]
-        images, pixels = _empty_images(len(rows), self.size)
-        for i, photo in enumerate(_open_photos(self.photos, rows)):
-            pixels[i] = centre(photo, self.resize, self.size)
+        images = _centres(_open_photos(self.photos, rows), self.resize, self.size)
         return Samples((images,), self.labels[rows], index)
 
 
 @dataclass
-class TrainingReader(Reader):
-    """Reads random crops of each photo.
-
-    A crop is determined by 63 random bits of (seed, epoch, position, view). View v of an epoch has the number
-    epoch * views_per_image + v. With `fixed_views`, the crop is one of so many that a photo has in all epochs, and the
-    number is that of the crop.
-    """
+class TrainingReader(ViewReader):
+    """Reads random crops of each photo, or its centre if the augmentation does not crop."""
 
     photos: Photos
-    labels: Tensor
-    index: Tensor | None
+    resize: int
     size: int
     scale: tuple[float, float]
     flip: bool
-    views_per_image: int
-    seed: int
-    fixed_views: int | None = None
 
-    def __getitem__(self, share: Share) -> Samples:
-        """Return the views of the share's epoch at these positions of the split."""
-        index = torch.tensor(share.positions)
-        rows = index if self.index is None else self.index[index]
-        photos = _open_photos(self.photos, rows)
+    def crops(self, index: Tensor, bits: Sequence[Tensor]) -> list[Tensor]:
+        """Read, crop and resize photos, as described in `ViewReader`."""
+        photos = _open_photos(self.photos, index)
+        if not self.augmentation.crop_and_flip:
+            return [_centres(photos, self.resize, self.size)] * len(bits)
         heights, widths = torch.tensor([(photo.height, photo.width) for photo in photos]).T
-        drawn = [self._draw(index, share.epoch, view) for view in range(self.views_per_image)]
-        crops = [_as_lists(*resized_crop_boxes(each.bits, heights, widths, self.scale, RATIO)) for each in drawn]
-        batches = [_empty_images(len(rows), self.size) for _ in drawn]
+        crops = [_as_lists(*resized_crop_boxes(each, heights, widths, self.scale, RATIO)) for each in bits]
+        batches = [_empty_images(len(photos), self.size) for _ in bits]
         for i, photo in enumerate(photos):
             decoded: dict[int, tuple[Image.Image, int]] = {}  # by reduction: views of the same reduction share it
             for crops_of_view, (_, pixels) in zip(crops, batches, strict=True):
@@ -119,20 +108,20 @@ class TrainingReader(Reader):
                 if reduced not in decoded:
                     decoded[reduced] = photo.decode(reduced)
                 pixels[i] = crop_and_resize(*decoded[reduced], box, self.size, mirrored and self.flip)
-        numbers = tuple(each.number for each in drawn)
-        return Samples(tuple(images for images, _ in batches), self.labels[rows], index, numbers)
-
-    def _draw(self, index: Tensor, epoch: int, view: int) -> DrawnView:
-        """Draw number and random bits of a view of each photo."""
-        if self.fixed_views is not None:
-            return draw_fixed_view(index, self.fixed_views, seed=self.seed, epoch=epoch, view=view)
-        number = torch.full_like(index, epoch * self.views_per_image + view)
-        return DrawnView(number, random_bits(self.seed, epoch, index, FIRST_VIEW + view))
+        return [images for images, _ in batches]
 
 
 def _open_photos(photos: Photos, rows: Tensor) -> list[Photo]:
     wanted = rows.tolist()
     return [Photo(encoded, photos.name(row)) for row, encoded in zip(wanted, photos.read(wanted), strict=True)]
+
+
+def _centres(photos: Sequence[Photo], resize: int, size: int) -> Tensor:
+    """Crop the centres of photos as in evaluation, uint8 [B, 3, size, size]."""
+    images, pixels = _empty_images(len(photos), size)
+    for i, photo in enumerate(photos):
+        pixels[i] = centre(photo, resize, size)
+    return images
 
 
 def _as_lists(boxes: Tensor, mirrored: Tensor) -> list[tuple[list[int], bool]]:
@@ -246,27 +235,28 @@ class FolderData(ImageData):
         return hashlib.sha256(f"{self.files_digest} {self.resize} {self.image_size}".encode()).hexdigest()
 
     def reader(self, split: Split, index: Tensor | None = None) -> Reader:
-        """Return a reader of random crops for `train`, and of central crops for the other splits."""
-        labels = self.source.labels(split)
+        """Return a reader of views for `train`, and of central crops for the other splits."""
         if split == "train":
             return TrainingReader(
-                self.photos[split],
-                labels,
-                index,
-                self.image_size,
-                self.scale,
-                self.flip,
-                self.views_per_image,
-                self.seed,
-                self.fixed_views,
+                labels=self.train_labels,
+                augmentation=self.augmentation,
+                partners=self.train_index,
+                views_per_image=self.views_per_image,
+                seed=self.seed,
+                fixed_views=self.fixed_views,
+                photos=self.photos[split],
+                resize=self.resize,
+                size=self.image_size,
+                scale=self.scale,
+                flip=self.flip,
             )
-        return EvaluationReader(self.photos[split], labels, index, self.resize, self.image_size)
+        return EvaluationReader(self.photos[split], self.source.labels(split), index, self.resize, self.image_size)
 
     @property
     def views_name(self) -> str:
         """The settings that determine the crops, as part of a file name. Fixed views are the same for all seeds."""
         low, high = self.scale
-        crops = f"{self.image_size}-{low}-{high}-{self.flip}"
+        crops = f"{self.image_size}-{low}-{high}-{self.flip}{self.augmentation_key}"
         if self.fixed_views is not None:
             return f"{crops}-fixed"
         return f"{crops}-{self.views_per_image}-seed{self.seed}"

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.common.errors import UserError
+from src.data.augmentation import Augmentation
 from src.data.source import Source, Split, distinct_names
 from src.data.views import SPLIT_STREAM, WRONG_LABELS, epoch_order, random_bits, uniform
 
+STANDARD = Augmentation()
 PURPOSES = {"train": "training", "val": "validation", "test": "test"}
 """Descriptions of the use of each split."""
 
@@ -31,6 +33,10 @@ class Samples(NamedTuple):
     """[B] int64, the positions in the whole training data, or in the split under evaluation."""
     view_numbers: tuple[Tensor, ...] = ()
     """The view numbers of the images: one tensor int64 [B] per view. Empty in evaluation."""
+    other_target: Tensor | None = None
+    """[B] int64, the classes of the images that the first view is mixed with. None: it is not mixed."""
+    share: Tensor | None = None
+    """[B] float32, the share of `target` in the label of the first view. The rest belongs to `other_target`."""
 
 
 class Share(NamedTuple):
@@ -147,6 +153,7 @@ class ImageData(L.LightningDataModule):
         views_per_image: int = 1,
         fixed_views: int | None = None,
         wrong_labels: float = 0.0,
+        augmentation: Augmentation = STANDARD,
     ) -> None:
         super().__init__()
         self.name = name
@@ -156,6 +163,7 @@ class ImageData(L.LightningDataModule):
         """Epoch and batch number at which training starts."""
         self.views_per_image = views_per_image
         self.fixed_views, self.wrong_labels = fixed_views, wrong_labels
+        self.augmentation = augmentation
 
     def read(self) -> Source:
         """Read labels and classes, and prepare for `reader`.
@@ -194,12 +202,20 @@ class ImageData(L.LightningDataModule):
 
     def view_count(self, epochs: int) -> int:
         """Return how many view numbers an image can have in a training of this many epochs."""
-        return self.fixed_views or epochs * self.views_per_image
+        return 1 if self.augmentation.is_constant else self.fixed_views or epochs * self.views_per_image
 
     @property
     def views_name(self) -> str:
         """The settings that determine a view from its number, as part of a file name."""
         raise NotImplementedError
+
+    @property
+    def augmentation_key(self) -> str:
+        """The part of `views_name` that stands for the augmentation. Empty for crops and flips only."""
+        if self.augmentation.mixing is None:
+            return self.augmentation.key
+        partners = hashlib.sha256(self.train_index.numpy().tobytes()).hexdigest()[:8]
+        return f"{self.augmentation.key}-{partners}"
 
     def load(self) -> None:
         """Read the labels and draw the splits. Raises `UserError` if the data is invalid or a size does not fit it."""
@@ -385,15 +401,9 @@ class ImageData(L.LightningDataModule):
         return self.reader("test")[Share(0, positions)].images[0]
 
     def on_after_batch_transfer(self, batch: Samples, dataloader_idx: int) -> Samples:
-        """Augment a training batch on the device, and give it its wrong labels. Lightning calls this method."""
+        """Augment a training batch on the device. Lightning calls this method."""
         assert self.trainer is not None
-        if not self.trainer.training:
-            return batch
-        batch = self.augment(batch, self.trainer.current_epoch)
-        if not self.wrong_labels:
-            return batch
-        self.train_labels = self.train_labels.to(batch.index.device)
-        return batch._replace(target=self.train_labels.index_select(0, batch.index))
+        return self.augment(batch, self.trainer.current_epoch) if self.trainer.training else batch
 
     def _loader(self, split: Split, index: Tensor | None, batches: EpochBatches) -> DataLoader[Samples]:
         device = batches.device

@@ -75,6 +75,11 @@ def uniform(bits: Tensor, draw: int | Tensor) -> Tensor:
     return _shift_right(_mix(_mix(bits) ^ draw), 11).double() * 2.0**-53
 
 
+def further_bits(bits: Tensor, draw: int) -> Tensor:
+    """Compute other 63 random bits of each element from its 63 random `bits`. Use each `draw` only once."""
+    return _mix(_mix(bits) ^ draw) & 0x7FFF_FFFF_FFFF_FFFF
+
+
 BLOCKS_AT_ONCE = 16
 """Number of storage blocks that an epoch reads at the same time."""
 
@@ -121,6 +126,20 @@ def draw_fixed_view(index: Tensor, fixed_views: int, *, seed: int, epoch: int, v
     """
     number = random_bits(seed, epoch, index, FIRST_VIEW + view) % fixed_views
     return DrawnView(number, random_bits(0, 0, index + (number << 40), FIXED_VIEWS))
+
+
+def draw_view(
+    index: Tensor, *, seed: int, epoch: int, view: int, views_per_image: int, fixed_views: int | None
+) -> DrawnView:
+    """Draw a view of each image that cannot be numbered by its content, such as a crop of a photo.
+
+    View v of an epoch has the number epoch * views_per_image + v. With `fixed_views`, it is a view of
+    `draw_fixed_view`.
+    """
+    if fixed_views is not None:
+        return draw_fixed_view(index, fixed_views, seed=seed, epoch=epoch, view=view)
+    number = torch.full_like(index, epoch * views_per_image + view)
+    return DrawnView(number, random_bits(seed, epoch, index, FIRST_VIEW + view))
 
 
 def draw_views(

@@ -80,6 +80,7 @@ class CRD(Method):
     """cross_entropy_weight * CE + contrast_weight * CRD. `negatives` is N and `temperature` is tau."""
 
     needs_features = True
+    needs_labels = True
     student_embedding: nn.Linear
     teacher_embedding: nn.Linear
     labels: Tensor

@@ -114,9 +114,14 @@ class DistillationLogits:
     @property
     def teacher(self) -> Tensor:
         """The teacher's logits [B, C] for the first view. Raises `UserError` without a teacher."""
-        if self.views[0].teacher is None:
+        return self.of_view(0)[1]
+
+    def of_view(self, view: int) -> tuple[Tensor, Tensor]:
+        """Return the student's and the teacher's logits [B, C]. Raises `UserError` without a teacher."""
+        student, teacher = self.views[view]
+        if teacher is None:
             raise _no_teacher()
-        return self.views[0].teacher
+        return student, teacher
 
 
 def _no_teacher() -> UserError:
@@ -125,13 +130,25 @@ def _no_teacher() -> UserError:
     )
 
 
+class Labels(NamedTuple):
+    """The labels of mixed images: a share of one class, and the rest of another."""
+
+    target: Tensor
+    """[B] int64."""
+    other_target: Tensor
+    """[B] int64."""
+    share: Tensor
+    """[B], the share of `target`."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """The input of a method in one training step. The logits for distillation are passed separately."""
 
     views: tuple[View, ...]
     target: Tensor
-    """[B] int64, the labelled class."""
+    """[B] int64, the class that distillation takes for the target: the labelled class, or the teacher's predicted class
+    if the views are mixed."""
     index: Tensor
     """[B] int64, the position of each image in the training data, from 0 to `Networks.train_size` - 1."""
     epoch: int
@@ -142,6 +159,8 @@ class Batch:
     """The share of each label that cross-entropy spreads over all classes."""
     class_weights: Tensor | None = None
     """[C], the weight of an image of each class in cross-entropy. None: 1."""
+    labels: Labels | None = None
+    """The labels for cross-entropy. None: `target`."""
 
     @property
     def student(self) -> Output:
@@ -210,6 +229,9 @@ class Method(nn.Module):
     """The base of all methods. A subclass defines `weights` and `terms`."""
 
     needs_teacher = True
+    needs_labels = False
+    """True if a term other than cross-entropy is only right for the labelled class of an unmixed image. The other terms
+    take the class that the teacher predicts where there is no such label."""
     reads_teacher = True
     """False if only the stages before the main one read the teacher. The main stage then does not run it."""
     needs_features = False
@@ -320,14 +342,23 @@ def at_least_float32(logits: Tensor) -> Tensor:
 def cross_entropy(batch: Batch, logits: Tensor | None = None) -> Tensor:
     """Compute the cross-entropy of the labels on `logits` [B, C], by default the student's own.
 
-    Smoothing s replaces each label by (1 - s) onehot(t) + s / C. Class weights multiply each image's loss. The result
-    is the mean over the images.
+    Smoothing s replaces each label by (1 - s) onehot(t) + s / C. Class weights multiply each image's loss. The label of
+    a mixed image is the mean of two labels, weighted by their shares. The result is the mean over the images.
     """
     logits = at_least_float32(batch.student.logits if logits is None else logits)
-    if batch.class_weights is None:
-        return F.cross_entropy(logits, batch.target, label_smoothing=batch.label_smoothing)
-    losses = F.cross_entropy(logits, batch.target, reduction="none", label_smoothing=batch.label_smoothing)
-    return (batch.class_weights.index_select(0, batch.target) * losses).mean()
+    if batch.labels is None:
+        return _cross_entropy(batch, logits, batch.target)
+    target, other_target, share = batch.labels
+    return _cross_entropy(batch, logits, target, share) + _cross_entropy(batch, logits, other_target, 1 - share)
+
+
+def _cross_entropy(batch: Batch, logits: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
+    if batch.class_weights is None and share is None:
+        return F.cross_entropy(logits, target, label_smoothing=batch.label_smoothing)
+    losses = F.cross_entropy(logits, target, reduction="none", label_smoothing=batch.label_smoothing)
+    if batch.class_weights is not None:
+        losses = batch.class_weights.index_select(0, target) * losses
+    return (losses if share is None else share * losses).mean()
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:

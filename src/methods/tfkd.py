@@ -33,6 +33,7 @@ class TfKD(LogitMethod):
     """cross_entropy_weight * CE + tfkd_weight * Tf-KD."""
 
     needs_teacher = False
+    needs_labels = True
 
     def __init__(
         self,

@@ -3,11 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.common.files import file_digest
 from src.common.secrecy import plain_config
@@ -73,7 +72,7 @@ def _without_marked(options: Any, schema: type) -> Any:
     """
     if options is None:
         return None
-    defaults = {option.name: option.default for option in fields(schema)}
+    defaults = OmegaConf.to_container(OmegaConf.structured(schema))
     added = {name for name in marked(schema, "added") if options.get(name) == defaults[name]}
     dropped = {*marked(schema, "no_effect"), *added}
     return {name: value for name, value in options.items() if name not in dropped}

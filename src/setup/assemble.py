@@ -14,7 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from src.common.errors import UserError
 from src.config.instantiate import check_required, find_target, instantiate, options_of, report_misfit
+from src.config.names import method_name
 from src.config.validation import validate
+from src.data.augmentation import Augmentation
 from src.data.image_data import ImageData
 from src.data.views import PEER_STREAM, random_bits
 from src.methods.combined import Combined
@@ -54,11 +56,28 @@ def make_method(cfg: DictConfig) -> Method:
 
 def make_data(cfg: DictConfig, views_per_image: int = 1) -> ImageData:
     """Make the data module and load it. `views_per_image` comes from the method."""
-    data: ImageData = hydra.utils.instantiate(
-        cfg.data, batch_size=cfg.schedule.batch_size, seed=cfg.seed, views_per_image=views_per_image
+    make: Callable[..., ImageData] = hydra.utils.instantiate(
+        cfg.data, _partial_=True
+    )  # Hydra would convert dataclasses
+    data = make(
+        batch_size=cfg.schedule.batch_size,
+        seed=cfg.seed,
+        views_per_image=views_per_image,
+        augmentation=make_augmentation(cfg),
     )
     data.load()
     return data
+
+
+def make_augmentation(cfg: DictConfig) -> Augmentation:
+    """Make the augmentation of training images. Raises `UserError` if an option of its policy or mixing is invalid."""
+    options = cfg.augmentation
+    return Augmentation(
+        crop_and_flip=options.crop_and_flip,
+        policy=instantiate(options.policy, "augmentation.policy") if options.policy else None,
+        policy_from_view=options.policy_from_view,
+        mixing=instantiate(options.mixing, "augmentation.mixing") if options.mixing else None,
+    )
 
 
 def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training: bool = False) -> Parts:
@@ -80,6 +99,11 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
         raise UserError(
             f"serialization.start=teacher does not fit method={cfg.method.name}, which has no teacher: choose "
             "serialization.start=identity."
+        )
+    if method.needs_labels and data.augmentation.mixing is not None:
+        raise UserError(
+            f"method={method_name(cfg)} needs the label of each image, but augmentation={cfg.augmentation.name} mixes "
+            "the labels: choose another augmentation."
         )
     if cfg.standardize_logits and not method.distils_logits:
         raise UserError(

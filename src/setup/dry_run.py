@@ -70,7 +70,10 @@ def random_views(data: ImageData, images: int = IMAGES) -> Samples:
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(data.views_per_image)
     )
     numbers = tuple(torch.zeros_like(index) for _ in views)
-    return Samples(views, data.source.train_labels[index], index, numbers)
+    samples = Samples(views, data.source.train_labels[index], index, numbers)
+    if data.augmentation.mixing is None:
+        return samples
+    return samples._replace(other_target=samples.target, share=torch.ones(len(index)))
 
 
 def _try_terms(distiller: Distiller, images: Samples) -> None:

@@ -17,7 +17,7 @@ from src.common.errors import UserError
 from src.common.metrics import Agreement, evaluation_metrics
 from src.data.image_data import Samples
 from src.data.views import normalise
-from src.methods.method import Batch, DistillationLogits, LogitPair, Method, Stage, View, logits_only, weighted
+from src.methods.method import Batch, DistillationLogits, Labels, LogitPair, Method, Stage, View, logits_only, weighted
 from src.models.network import Network, Output
 from src.models.preactivations import forward_features
 from src.teachers.teacher import Teacher
@@ -163,14 +163,16 @@ class Distiller(L.LightningModule):
         pairs = zip(samples.images, samples.view_numbers, strict=True)
         observed = [self._observe_view(images, samples.index, numbers) for images, numbers in pairs]
         views = tuple(view for view, _ in observed)
+        target, labels = _targets(samples, views)
         batch = Batch(
             views,
-            samples.target,
+            target,
             samples.index,
             self.current_epoch,
             self.global_step,
             self.settings.label_smoothing,
             self.class_weights,
+            labels,
         )
         return batch, DistillationLogits(tuple(logits for _, logits in observed))
 
@@ -269,3 +271,12 @@ class Distiller(L.LightningModule):
         self.agreement.reset()
         self.log_dict(values)
         self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False)
+
+
+def _targets(samples: Samples, views: tuple[View, ...]) -> tuple[Tensor, Labels | None]:
+    """Return the target class of distillation, and the labels of cross-entropy if they differ from it."""
+    if samples.other_target is None or samples.share is None:
+        return samples.target, None
+    labels = Labels(samples.target, samples.other_target, samples.share)
+    teacher = views[0].teacher
+    return samples.target if teacher is None else teacher.logits.argmax(dim=1), labels

@@ -71,7 +71,8 @@ def test_an_unknown_option_is_refused_when_hydra_composes(option: str) -> None:
 
 def test_marks_name_the_options_that_were_declared_with_them() -> None:
     assert marked(TrainOptions, "student_only") == [
-        "also", "optimizer", "student", "averaging", "standardize_logits", "label_smoothing", "keep_best",
+        "also", "augmentation", "optimizer", "student", "averaging", "standardize_logits", "label_smoothing",
+        "keep_best",
     ]  # fmt: skip
     assert marked(TeacherOptions, "no_effect") == [
         "allow_program", "store", "train_if_missing", "view_store", "view_store_gigabytes",

@@ -13,7 +13,10 @@ from src.common.errors import UserError
 from src.config.validation import validate
 from src.data import array_data
 from src.data.array_data import ArrayData
+from src.data.augmentation import Augmentation
 from src.data.image_data import Samples
+from src.data.mixing import CutMix
+from src.data.policies import TrivialAugment
 from tests.helpers.batches import as_rank, batches, fit
 from tests.helpers.configure import configure
 from tests.helpers.tiny import tiny_data
@@ -35,13 +38,19 @@ def assert_same(one: list[Samples], other: list[Samples]) -> None:
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
         for left, right in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True):
+            if left is right is None:
+                continue
             assert (left.dtype, left.stride()) == (right.dtype, right.stride())
             assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
-def test_batches_and_views_are_those_of_the_hosts_memory(make_data: Make, rank: int, world_size: int) -> None:
-    host, device = (loaded(make_data, memory, rank, world_size, seed=5) for memory in (False, True))
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(mixing=CutMix())], ids=["standard", "cutmix"])
+def test_batches_and_views_are_those_of_the_hosts_memory(
+    make_data: Make, rank: int, world_size: int, augmentation: Augmentation
+) -> None:
+    options = {"seed": 5, "augmentation": augmentation}
+    host, device = (loaded(make_data, memory, rank, world_size, **options) for memory in (False, True))
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         for epoch in (0, 3):
             one, other = (batches(getattr(data, loader)(), epoch) for data in (host, device))
@@ -132,3 +141,12 @@ def test_other_values_are_refused() -> None:
     cfg.data.device_memory = "gpu"
     with pytest.raises(UserError, match=r"data.device_memory=gpu does not fit: choose one of auto, true, false"):
         validate(cfg)
+
+
+def test_a_policy_needs_the_cpu(make_data: Make) -> None:
+    data = loaded(make_data, "auto", augmentation=Augmentation(policy=TrivialAugment()))
+    data.device_arrays[CPU] = {}  # as if the images were there already
+    assert not data.lies_on(CPU)
+    message = "data.device_memory=true does not fit this augmentation, because its random operations run on the CPU: "
+    with pytest.raises(UserError, match=message):
+        loaded(make_data, True, augmentation=Augmentation(policy=TrivialAugment()))

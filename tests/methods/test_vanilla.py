@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from src.methods.method import Labels
 from src.methods.vanilla import Vanilla
 from tests.helpers.closed_forms import assert_same
 from tests.helpers.losses import BATCH, PRECISIONS, log_softmax, observed, three_logits
@@ -38,6 +39,34 @@ def test_smoothed_labels_and_class_weights_change_cross_entropy():
         assert_same(term, -(weights * (labels * log_p).sum(dim=1)).mean())
         (gradient,) = torch.autograd.grad(term, own, retain_graph=True)
         assert_same(gradient, weights[:, None] * (log_p.exp() - labels) / BATCH)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_label_of_a_mixed_image_is_the_mean_of_two_labels(smoothing: float, weighted: bool):
+    own, distilled, teacher, target = three_logits()
+    batch, logits = observed(distilled, teacher, target, own=own)
+    other, share = (target + 3) % 10, torch.linspace(0, 1, BATCH, dtype=torch.float64)
+    class_weights = torch.linspace(0.5, 2.0, 10, dtype=torch.float64) if weighted else None
+    weights = torch.ones(10, dtype=torch.float64) if class_weights is None else class_weights
+    mixed = dataclasses.replace(
+        batch,
+        target=(target + 1) % 10,  # the class for distillation does not count
+        labels=Labels(target, other, share),
+        label_smoothing=smoothing,
+        class_weights=class_weights,
+    )
+    labels = sum(
+        of[:, None]
+        * weights[each][:, None]
+        * ((1 - smoothing) * torch.eye(10, dtype=torch.float64)[each] + smoothing / 10)
+        for each, of in ((target, share), (other, 1 - share))
+    )
+    log_p = torch.tensor([log_softmax(row, 1.0) for row in own.tolist()], dtype=torch.float64)
+    term = Vanilla().all_terms(mixed, logits)["cross_entropy"]
+    assert_same(term, -(labels * log_p).sum(dim=1).mean())
+    (gradient,) = torch.autograd.grad(term, own)
+    assert_same(gradient, (labels.sum(dim=1, keepdim=True) * log_p.exp() - labels) / BATCH)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)

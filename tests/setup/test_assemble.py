@@ -91,6 +91,26 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     assert not first("method=vanilla").equal(first("method=vanilla", "seed=1"))
 
 
+@pytest.mark.parametrize("augmentation", ["mixup", "cutmix"])
+@pytest.mark.parametrize(
+    "method", [("crd",), ("tfkd",), ("mlkd", "method.strong_view=true"), ("kd", "method@also=crd")]
+)
+def test_a_method_that_needs_labels_refuses_mixed_images(
+    tmp_path: Path, augmentation: str, method: tuple[str, ...]
+) -> None:
+    overrides = (f"method={method[0]}", *method[1:], f"augmentation={augmentation}", "model=resnet20_to_resnet8")
+    cfg = changed(configure(*overrides, "data=arrays"), data__path=str(write_arrays(tmp_path / "tiny.npz")))
+    made = make_method(cfg)
+    name = "kd+crd" if "method@also=crd" in method else method[0]
+    sentence = (
+        f"method={name} needs the label of each image, but augmentation={augmentation} mixes the labels: choose another "
+        "augmentation."
+    )
+    with pytest.raises(UserError) as caught:
+        make_parts(cfg, make_data(cfg, made.views_per_image), made)
+    assert str(caught.value) == sentence
+
+
 def test_standardized_logits_require_a_logit_term() -> None:
     with pytest.raises(
         UserError, match=r"method=at has no logit term on which standardize_logits=true could act: set it to false"

@@ -112,6 +112,25 @@ def test_each_view_has_its_own_outputs(data: ArrayData) -> None:
     assert torch.equal(batch.views[1].images, batch.views[0].images.flip(3))
 
 
+def test_the_target_of_mixed_views_is_the_class_that_the_teacher_predicts(data: ArrayData) -> None:
+    samples = first_batch(data)
+    mixed = samples._replace(other_target=samples.target.flip(0), share=torch.linspace(0, 1, 8))
+    teacher = tiny_teacher()
+    batch, logits = tiny_distiller(data, kd(), teacher=teacher).observe(mixed)
+    predicted = teacher.logits(samples.images[0]).argmax(dim=1)
+    assert not torch.equal(predicted, samples.target)
+    assert torch.equal(batch.target, predicted)
+    assert batch.labels is not None
+    assert torch.equal(batch.labels.target, samples.target)
+    assert torch.equal(batch.labels.other_target, samples.target.flip(0))
+    assert torch.equal(batch.labels.share, torch.linspace(0, 1, 8))
+    alone, _ = tiny_distiller(data, Vanilla()).observe(mixed)
+    assert torch.equal(alone.target, samples.target)
+    plain, _ = tiny_distiller(data, kd(), teacher=teacher).observe(samples)
+    assert torch.equal(plain.target, samples.target)
+    assert plain.labels is None
+
+
 # Training
 
 

@@ -1,0 +1,74 @@
+"""Views of training images that are made when the images are read: photos, policies and mixing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from src.data.augmentation import Augmentation
+from src.data.image_data import Reader, Samples, Share
+from src.data.mixing import Mixing
+from src.data.views import DrawnView, draw_view, further_bits, uniform
+
+PARTNER = 300
+"""The number of the random number and of the further random bits that choose a partner and its view."""
+
+
+@dataclass
+class ViewReader(Reader):
+    """Reads finished views of training images. A view is a function of 63 random bits of (seed, epoch, position, view).
+
+    A subclass defines `crops`.
+    """
+
+    labels: Tensor
+    """[N] int64, by position in the whole training data."""
+    augmentation: Augmentation
+    partners: Tensor
+    """[P] int64, the positions of the images that others may be mixed with."""
+    views_per_image: int
+    seed: int
+    fixed_views: int | None
+
+    def crops(self, index: Tensor, bits: Sequence[Tensor]) -> list[Tensor]:
+        """Read the images at `index` [B] and crop and flip each by the `bits` [B] of each view.
+
+        Returns uint8 images [B, 3, H, W] for each view.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, share: Share) -> Samples:
+        """Return the views of the share's epoch at these positions of the training data."""
+        index = torch.as_tensor(share.positions)
+        drawn = [self._draw(index, share.epoch, view) for view in range(self.views_per_image)]
+        numbers, bits = zip(*drawn, strict=True)
+        views = self._augmented(index, bits)
+        samples = Samples(tuple(views), self.labels[index], index, numbers)
+        return samples if self.augmentation.mixing is None else self._mixed(samples, bits, self.augmentation.mixing)
+
+    def _draw(self, index: Tensor, epoch: int, view: int) -> DrawnView:
+        if self.augmentation.is_constant:
+            return DrawnView(torch.zeros_like(index), torch.zeros_like(index))
+        per_image, fixed = self.views_per_image, self.fixed_views
+        return draw_view(index, seed=self.seed, epoch=epoch, view=view, views_per_image=per_image, fixed_views=fixed)
+
+    def _augmented(self, index: Tensor, bits: Sequence[Tensor], first_view: int = 0) -> list[Tensor]:
+        views = self.crops(index, bits)
+        policy, start = self.augmentation.policy, self.augmentation.policy_from_view
+        if policy is None:
+            return views
+        return [
+            policy(images, of_view) if number >= start else images
+            for number, (images, of_view) in enumerate(zip(views, bits, strict=True), first_view)
+        ]
+
+    def _mixed(self, samples: Samples, bits: Sequence[Tensor], mixing: Mixing) -> Samples:
+        """Mix each view with a view of another image. The labels are those of the first view."""
+        others = [self.partners[(uniform(each, PARTNER) * len(self.partners)).long()] for each in bits]
+        mixed = []
+        for view, (images, of_view, other) in enumerate(zip(samples.images, bits, others, strict=True)):
+            (partners,) = self._augmented(other, [further_bits(of_view, PARTNER)], view)
+            mixed.append(mixing(images, partners, of_view))
+        views, shares = zip(*mixed, strict=True)
+        return samples._replace(images=views, other_target=self.labels[others[0]], share=shares[0])
