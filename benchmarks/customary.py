@@ -5,11 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
+from benchmarks.images import CLASSES
 from benchmarks.timing import seconds_per_call
 from src.data.array_data import ArrayData
+
+AUGMENTATIONS: dict[str, tuple[list[Any], list[Any]]] = {
+    "standard": ([], []),
+    "trivial": ([transforms.TrivialAugmentWide()], []),
+    "randaugment": ([transforms.RandAugment()], []),
+    "mixup": ([], [v2.MixUp(num_classes=CLASSES)]),
+    "cutmix": ([], [v2.CutMix(num_classes=CLASSES)]),
+}
+"""By augmentation, torchvision's transforms of an image and of a batch."""
 
 
 def masked_dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
@@ -26,11 +37,14 @@ def masked_dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: fl
     return F.cross_entropy(student, target) + tckd + 8 * nckd * temperature**2
 
 
-def torchvision_loader(data: ArrayData, batch_size: int, repeats: int = 1, workers: int = 2) -> DataLoader[Any]:
+def torchvision_loader(
+    data: ArrayData, batch_size: int, repeats: int = 1, workers: int = 2, augmentation: str = "standard"
+) -> DataLoader[Any]:
     """Load the same images with torchvision's CIFAR100, and the usual transforms of each image.
 
-    An epoch has every image `repeats` times.
+    An epoch has every image `repeats` times. `augmentation` is one of `AUGMENTATIONS`.
     """
+    policy, mixing = AUGMENTATIONS[augmentation]
     dataset: Any = datasets.CIFAR100.__new__(datasets.CIFAR100)  # the constructor would look for its archive
     rows = data.train_index.repeat(repeats)
     dataset.data = data.arrays.train_images[rows].permute(0, 2, 3, 1).contiguous().numpy()
@@ -40,11 +54,20 @@ def torchvision_loader(data: ArrayData, batch_size: int, repeats: int = 1, worke
         [
             transforms.RandomCrop(32, padding=4),
             transforms.RandomHorizontalFlip(),
+            *policy,
             transforms.ToTensor(),
             transforms.Normalize(data.mean, data.std),
         ]
     )
-    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True)
+
+    def collate(samples: Any) -> Any:
+        images, target = default_collate(samples)
+        for mix in mixing:
+            images, target = mix(images, target)
+        return images, target
+
+    options = {"num_workers": workers, "collate_fn": collate if mixing else None}
+    return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, **options)
 
 
 def time_plain_loop(

@@ -4,7 +4,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -50,13 +50,28 @@ def data(place: Place) -> Iterator[Row]:
         )
 
 
+def augmentation(place: Place) -> Iterator[Row]:
+    """Views with a policy or with mixing, against torchvision. Both sides have one process."""
+    for name in ("trivial", "randaugment", "mixup", "cutmix"):
+        source = make_trial(place, "vanilla", SMALLEST, BATCH_SIZE, overrides=(f"augmentation={name}",)).data
+        sides = {
+            "ours": _our_side(source, place.options.batches),
+            "torchvision": _torchvision_side(source, BATCH_SIZE, workers=0, augmentation=name),
+        }
+        found = measure_in_turn(sides, place.options.rounds)
+        ratios = divide(found["torchvision"], found["ours"])
+        yield Row(
+            f"augmentation={name}", "torchvision, 1 process", "batch 64", ratios, "speed >= 3", milliseconds(found)
+        )
+
+
 def _our_side(source: ArrayData, repeated: int) -> Callable[[], float]:
     batches = repeat_views(source, repeated)
     return lambda: seconds_per_call(lambda: normalise(next(batches).images[0], source.mean, source.std), DELIVERED)
 
 
-def _torchvision_side(source: ArrayData, batch_size: int) -> Callable[[], float]:
-    loader = torchvision_loader(source, batch_size, 2 + 2 * DELIVERED // batches_per_epoch(source))
+def _torchvision_side(source: ArrayData, batch_size: int, **options: Any) -> Callable[[], float]:
+    loader = torchvision_loader(source, batch_size, 2 + 2 * DELIVERED // batches_per_epoch(source), **options)
 
     def deliver() -> float:
         batches = iter(loader)

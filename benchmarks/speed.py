@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.images import CLASSES, cifar100_file, write_images
-from benchmarks.part_rows import data, loss, teacher
+from benchmarks.part_rows import augmentation, data, loss, teacher
 from benchmarks.run_rows import PAIRS, allocator, memory, startup, sweep
 from benchmarks.step_rows import compiled, loop, scale, step_plain, step_stored, winograd
 from benchmarks.timing import HEAD, Hardware, Place, Row
@@ -24,7 +24,20 @@ from benchmarks.trial import BATCH_SIZE, silence
 ROWS: dict[str, Callable[[Place], Iterator[Row]]] = {
     row.__name__: row
     for row in (
-        *(step_stored, step_plain, compiled, winograd, loop, data, loss, startup, sweep, memory, allocator),
+        *(
+            step_stored,
+            step_plain,
+            compiled,
+            winograd,
+            loop,
+            data,
+            augmentation,
+            loss,
+            startup,
+            sweep,
+            memory,
+            allocator,
+        ),
         *(teacher, scale),
     )
 }

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +69,15 @@ def make_trial(
     train_size: int | None = None,
     compiled: bool = False,
     winograd: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Trial:
     """Make the training that a row times.
 
     `stored` gives the teacher a view store. `precision` is the teacher's precision (None: the student's). The epoch has
     `train_size` images (None: the images of `--batches` batches). `compiled` compiles the student. `winograd` is for
-    student and teacher.
+    student and teacher. `overrides` are further options.
     """
-    cfg = compose_training(method, model, place.images, batch_size)
+    cfg = compose_training(method, model, place.images, batch_size, *overrides)
     cfg.data.train_size = train_size or max(place.options.batches * batch_size, CLASSES)
     cfg.winograd = cfg.teacher.winograd = winograd or place.options.winograd
     cfg.teacher.precision, cfg.teacher.fold = precision, True

@@ -14,6 +14,7 @@ A method may also ask for
 
 - features of both networks: `needs_features = True`, and `needs_preactivations = True` for features before their ReLU;
 - several augmented views of each image: `views_per_image = 2`;
+- the labelled class of each image, and not the teacher's prediction for mixed images: `needs_labels = True`;
 - parameters and buffers of its own, such as adapters or a memory bank: it makes them in `allocate`, which knows the
   sizes of both networks. They join the optimiser, the checkpoints and the device because they are part of the method;
 - stages that are trained before the main one: `stages`;

@@ -56,9 +56,8 @@ def make_method(cfg: DictConfig) -> Method:
 
 def make_data(cfg: DictConfig, views_per_image: int = 1) -> ImageData:
     """Make the data module and load it. `views_per_image` comes from the method."""
-    make: Callable[..., ImageData] = hydra.utils.instantiate(
-        cfg.data, _partial_=True
-    )  # Hydra would convert dataclasses
+    # A partial, because Hydra would convert the augmentation, which is a dataclass.
+    make: Callable[..., ImageData] = hydra.utils.instantiate(cfg.data, _partial_=True)
     data = make(
         batch_size=cfg.schedule.batch_size,
         seed=cfg.seed,

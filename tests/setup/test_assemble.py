@@ -103,8 +103,8 @@ def test_a_method_that_needs_labels_refuses_mixed_images(
     made = make_method(cfg)
     name = "kd+crd" if "method@also=crd" in method else method[0]
     sentence = (
-        f"method={name} needs the label of each image, but augmentation={augmentation} mixes the labels: choose another "
-        "augmentation."
+        f"method={name} needs the label of each image, but augmentation={augmentation} mixes the labels: choose "
+        "another augmentation."
     )
     with pytest.raises(UserError) as caught:
         make_parts(cfg, make_data(cfg, made.views_per_image), made)

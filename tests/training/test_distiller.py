@@ -116,7 +116,7 @@ def test_the_target_of_mixed_views_is_the_class_that_the_teacher_predicts(data: 
     samples = first_batch(data)
     mixed = samples._replace(other_target=samples.target.flip(0), share=torch.linspace(0, 1, 8))
     teacher = tiny_teacher()
-    batch, logits = tiny_distiller(data, kd(), teacher=teacher).observe(mixed)
+    batch, _ = tiny_distiller(data, kd(), teacher=teacher).observe(mixed)
     predicted = teacher.logits(samples.images[0]).argmax(dim=1)
     assert not torch.equal(predicted, samples.target)
     assert torch.equal(batch.target, predicted)
