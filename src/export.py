@@ -1,6 +1,7 @@
 """`python -m src.export`: write the student to a file and check the file in its own runtime. `--help` is the guide."""
 
 import logging
+import shlex
 from pathlib import Path
 
 import hydra
@@ -18,15 +19,21 @@ from src.exporting.checking import (
     sample_training_images,
 )
 from src.exporting.forms import RUNTIMES, Form, make_classifier
-from src.setup.reopen import open_run_or_checkpoint
+from src.exporting.hub import export_folder, refuse_unfit
+from src.setup.reopen import open_run_or_checkpoint, read_result
 
 log = logging.getLogger(__name__)
 
 
 def output_file(cfg: DictConfig, form: Form) -> Path:
-    """Return the path of the exported file: the option `out` names the file itself, or its folder."""
+    """Return the path of the exported file: the option `out` names the file itself, or its folder.
+
+    For `hub` it is the path of the folder.
+    """
     if cfg.out is None:
         return Path(cfg.run or Path(cfg.checkpoint).parent).expanduser() / "export" / form.file_name
+    if form.format == "hub":
+        return output_folder(cfg.out)
     file = Path(cfg.out).expanduser()
     if file.suffix == Path(form.file_name).suffix and not file.is_dir():
         return file
@@ -40,9 +47,16 @@ def main(cfg: DictConfig) -> None:
     form = Form.parse(cfg.format, cfg.precision)
     validate(cfg)
     opened = open_run_or_checkpoint(cfg)
+    if form.format == "hub":
+        refuse_unfit(opened.distiller)
     file = output_file(cfg, form)
     network, metadata = make_classifier(opened.distiller), describe(cfg, opened)
     images, target = sample_test_images(opened.data, cfg.images)
+    if form.format == "hub":
+        check = export_folder(opened, network, file, metadata, read_result(cfg.run), images, target)
+        log.info("Written: %s. To upload it, choose a name: hf upload USER/NAME %s", file, shlex.quote(str(file)))
+        log.info("%s in %s: %s.", form, RUNTIMES[form.format], check)
+        return
     student_logits = predict_in_batches(network, images)
     example = sample_training_images(opened.data, cfg.calibration_images if form.precision == "int8" else 1)
     exported_logits = export_checked(network, file, form, example, metadata, images, student_logits)

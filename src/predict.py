@@ -1,19 +1,19 @@
 """`python -m src.predict student.onnx image.png ...`: classify pictures with an exported student.
 
-This file needs only onnxruntime, numpy and Pillow, and imports nothing of this project: copy it to the machine
-that uses the student. Input size, normalisation and class names are read from the student's file.
+For an .onnx file, this file needs only onnxruntime, numpy and Pillow, and imports nothing of this project: copy it to
+the machine that uses the student. A folder that src.export wrote with format=hub needs this project and its extra
+`hub`. Input size, normalisation and class names are read from the file or the folder.
 """
 
 import argparse
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 # Formats, tags and `turn` .. `value_range` are copies from `src/data/photos.py`: both must read a picture alike.
@@ -55,7 +55,8 @@ class RefusedError(Exception):
 class ExportedStudent(NamedTuple):
     """An exported student, ready to classify pictures."""
 
-    session: onnxruntime.InferenceSession
+    logits: Callable[[np.ndarray], np.ndarray]
+    """Maps pixels uint8 [1, 3, H, W] to logits [1, C] float32. The pixels are normalised inside."""
     class_names: list[str]
     image_size: tuple[int, int]
     """Height and width of the network's input."""
@@ -70,14 +71,14 @@ class ExportedStudent(NamedTuple):
     def probabilities(self, image: Image.Image) -> np.ndarray:
         """Compute the class probabilities [C] float64 of one RGB picture of any size.
 
-        The network itself normalises the pixels. Raises `RefusedError` if the network fails.
+        Raises `RefusedError` if the network fails.
         """
         pixels = np.asarray(central_crop(image, self.resize, self.image_size))
         try:
-            (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]})
+            logits = self.logits(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
         except Exception as error:  # onnxruntime has a class of its own for each kind of failure
             reason = printable(str(error))[:300]
-            raise RefusedError(f"onnxruntime cannot run the network ({reason}): export it again.") from None
+            raise RefusedError(f"The network cannot be run ({reason}): export it again.") from None
         if logits.shape != (1, len(self.class_names)) or not np.isfinite(logits).all():
             raise RefusedError("The network does not return one finite number for each class: export it again.")
         shifted = np.exp(logits[0].astype(np.float64) - logits.max())
@@ -85,13 +86,47 @@ class ExportedStudent(NamedTuple):
         return probabilities
 
 
-def load(file: Path) -> ExportedStudent:
-    """Load the student in an .onnx file. Only the file's graph is executed.
+def load(path: Path) -> ExportedStudent:
+    """Load the student in an .onnx file or in a folder for the Hugging Face Hub. No other code in them is executed.
 
-    Raises `RefusedError` if onnxruntime cannot load the file, or if its metadata is missing or invalid.
+    Raises `RefusedError` if a package is missing, or if the file or the folder is damaged or invalid.
     """
-    if not file.is_file():
-        raise RefusedError(f"{file} is not a file: give an .onnx file that src.export wrote.")
+    if path.is_dir():
+        return _load_folder(path)
+    if path.is_file():
+        return _load_onnx(path)
+    raise RefusedError(f"{path} is not a file and not a folder: give an .onnx file or a folder that src.export wrote.")
+
+
+def _load_folder(folder: Path) -> ExportedStudent:
+    try:
+        import torch
+
+        from src.common.errors import UserError
+        from src.exporting.hub import load_hub_folder
+    except ImportError as error:
+        raise RefusedError(
+            f"{folder} is a folder, which needs the whole project ({error}): install it, or export an .onnx file."
+        ) from None
+    try:
+        student = load_hub_folder(folder)
+    except UserError as error:
+        raise RefusedError(str(error)) from None
+    names = [printable(name) for name in student.class_names]
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            computed: np.ndarray = student.classifier(torch.from_numpy(pixels)).numpy()
+        return computed
+
+    return ExportedStudent(logits, names, student.image_size, student.resize)
+
+
+def _load_onnx(file: Path) -> ExportedStudent:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise RefusedError("onnxruntime is not installed: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -108,8 +143,8 @@ def load(file: Path) -> ExportedStudent:
         ) from None
 
 
-def _read_metadata(session: onnxruntime.InferenceSession) -> ExportedStudent:
-    """Read how the student is used.
+def _read_metadata(session: Any) -> ExportedStudent:
+    """Read from an `InferenceSession` how the student is used.
 
     Raises `KeyError`, `TypeError`, `ValueError` or `RecursionError` if the metadata is missing, is garbled, or does not
     fit the graph.
@@ -127,7 +162,13 @@ def _read_metadata(session: onnxruntime.InferenceSession) -> ExportedStudent:
     expected = [("tensor(uint8)", [3, *size]), ("tensor(float)", [len(names)])]
     if found != expected:
         raise ValueError(f"the network's inputs and outputs are {found}, but the metadata describes {expected}")
-    return ExportedStudent(session, [printable(name) for name in names], size, resize)
+    (images,) = session.get_inputs()
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        (computed,) = session.run(None, {images.name: pixels})
+        return np.asarray(computed)
+
+    return ExportedStudent(logits, [printable(name) for name in names], size, resize)
 
 
 def _parse_size(value: Any) -> tuple[int, int]:
@@ -245,7 +286,7 @@ def central_crop(image: Image.Image, resize: tuple[int, int], size: tuple[int, i
 def main(arguments: list[str] | None = None) -> int:
     """Print the most likely classes of each picture. Returns exit code 1 if a file could not be used, else 0."""
     parser = argparse.ArgumentParser(prog="python -m src.predict", description=__doc__, allow_abbrev=False)
-    parser.add_argument("student", type=Path, help="an .onnx file that src.export wrote")
+    parser.add_argument("student", type=Path, help="an .onnx file or a folder (format=hub) that src.export wrote")
     parser.add_argument("images", type=Path, nargs="+", help="pictures: " + ", ".join(FORMATS))
     parser.add_argument("--top", type=int, default=5, help="how many classes to print (default: 5)")
     given = parser.parse_args(arguments)

@@ -2,17 +2,24 @@
 
 import json
 import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from src.exporting.checking import predict_in_batches
 from src.exporting.forms import SUFFIXES, Classifier
-from src.models.checkpoints import read_state_dict
+from src.models.checkpoints import read_facts, read_state_dict, save_weights
 from src.models.resnet import resnet8
-from tests.helpers.commands import Ran, assert_refused, run
+from src.models.sources import architecture
+from tests.helpers.commands import SOURCE, Ran, assert_refused, run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -106,6 +113,8 @@ def spoiled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
         (["precision=int4"], "precision=int4 is unknown: choose one of float32"),
         (["format=torchscript", "precision=int8"], "does not support precision=int8: use format=onnx"),
         (["precision=bfloat16"], "onnxruntime does not compute in bfloat16"),
+        (["format=hub", "precision=float16"], "format=hub does not support precision=float16: leave it out"),
+        (["format=hub", "precision=int8"], "format=hub does not support precision=int8"),
         (["images=0"], "images=0 does not fit: input should be greater than 0"),
         ([], "Give exactly one of run=FOLDER"),
         (["run={tmp}"], "because it has no config.yaml"),
@@ -115,11 +124,108 @@ def test_bad_input_is_refused_in_one_sentence(arguments: list[str], phrase: str,
     assert_refused(run("export", *(argument.format(tmp=tmp_path) for argument in arguments)), phrase)
 
 
+def lines_of_the_card(folder: Path, more: str) -> None:
+    """Run the Python lines of a folder's card, and more lines, in a process without a connection."""
+    (lines,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert 2 <= len(list(filter(None, lines.splitlines()))) <= 4
+    cut_off = "import socket, numpy, torch\nsocket.socket.connect = socket.getaddrinfo = None\n"
+    ran = subprocess.run(
+        [sys.executable, "-c", cut_off + lines.replace("FOLDER", str(folder)) + more],
+        cwd=SOURCE.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def refuse_traces(folder: Path, *private: Path) -> None:
+    """Assert that no file of a folder contains the path of the home folder or of another private place."""
+    for file in folder.iterdir():
+        for path in (Path.home(), Path.cwd(), SOURCE.parent, *private):
+            assert str(path).encode() not in file.read_bytes(), f"{file.name} contains {path}"
+
+
+@pytest.fixture
+def without_internet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip a test without the packages of the extra `hub`, and refuse all connections."""
+    pytest.importorskip("timm")
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", None)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+
+
+@pytest.mark.usefixtures("without_internet")
+def test_a_run_becomes_a_folder_for_the_hub(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "private" / "moved"
+    shutil.copytree(finished_run, moved)
+    result = json.loads((moved / "result.json").read_text())
+    result["settings"]["student"]["source"] = "torchvision/resnet18"
+    (moved / "result.json").write_text(json.dumps(result))
+    out = tmp_path / "out"
+    ran = export_run(moved, out, array_file, "format=hub")
+    assert (ran.code, ran.err) == (0, "")
+    assert "same top-1 on 50 of 50 images" in ran.out
+    assert f"hf upload USER/NAME {out}" in ran.out
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    refuse_traces(out, tmp_path, moved.parent, finished_run, array_file.parent)
+
+    text = (out / "README.md").read_text()
+    assert f"| from | {'/'.join(finished_run.parts[-4:-1])}/moved |" in text
+    assert "| initial weights | those of torchvision/resnet18 |" in text
+    block = yaml.safe_load(text.split("---\n")[1])
+    scores = {each["type"]: each["value"] for each in block["model-index"][0]["results"][0]["metrics"]}
+    assert scores["accuracy"] == pytest.approx(result["test"]["accuracy"], abs=1e-5)
+    assert scores["agreement"] == pytest.approx(result["test"]["agreement"], abs=1e-5)
+    assert "datasets" not in block  # an array file of the user
+
+    with np.load(array_file) as arrays:
+        images = torch.from_numpy(arrays["test_images"]).permute(0, 3, 1, 2).contiguous()
+    student, facts = resnet8(10), read_facts(finished_run / "student.pth")
+    student.load_state_dict(read_state_dict(finished_run / "student.pth"))
+    expected = predict_in_batches(Classifier(student, facts["mean"], facts["std"]), images)
+    np.save(tmp_path / "images.npy", images.numpy())
+    lines_of_the_card(
+        out,
+        f"images = torch.from_numpy(numpy.load('{tmp_path}/images.npy'))\n"
+        f"numpy.save('{tmp_path}/logits.npy', student(images).numpy())",
+    )
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "logits.npy")), expected)
+
+
+@pytest.mark.usefixtures("without_internet")
+def test_a_student_of_timm_becomes_a_folder_that_timm_loads(array_file: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = architecture("timm/test_resnet", 10)
+    student.train()(torch.randn(16, 3, 32, 32))
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    save_weights(student, tmp_path / "student.pth", mean=mean, std=std)
+    out = tmp_path / "out"
+    ran = run(
+        "export", f"checkpoint={tmp_path / 'student.pth'}", "student.source=timm/test_resnet", "data=cifar10",
+        f"data.path={array_file}", f"out={out}", "images=50", "format=hub",
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    assert "same top-1 on 50 of 50 images" in ran.out
+    assert "Loading" not in ran.out
+    refuse_traces(out, tmp_path, array_file.parent)
+
+    with np.load(array_file) as arrays:
+        pixels = arrays["test_images"][:5]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    expected = predict_in_batches(Classifier(student, mean, std), images)
+    np.save(tmp_path / "pixels.npy", pixels)
+    lines_of_the_card(
+        out,
+        "from PIL import Image\n"
+        f"images = [transform(Image.fromarray(each)) for each in numpy.load('{tmp_path}/pixels.npy')]\n"
+        f"numpy.save('{tmp_path}/logits.npy', student(torch.stack(images)).detach().numpy())",
+    )
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "logits.npy")), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_help_is_a_guide() -> None:
     ran = run("export", "--help")
     assert ran.code == 0
     assert "python -m src.export run=" in ran.out
-    assert all(suffix in ran.out for suffix in SUFFIXES)
+    assert all(format in ran.out for format in SUFFIXES)
 
 
 @pytest.mark.slow

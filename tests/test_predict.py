@@ -13,11 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from PIL import Image
 
 from src.data import photos
 from src.exporting.forms import Classifier, Form, write_form
+from src.exporting.hub import write_network
 from src.models.resnet import resnet8
+from src.models.sources import architecture
 from tests.helpers.commands import SOURCE
 from tests.helpers.photo_folders import encoded, files, picture
 
@@ -54,10 +57,10 @@ def image(tmp_path: Path) -> Path:
 
 def test_it_imports_only_the_runtime() -> None:
     tree = ast.parse((SOURCE / "predict.py").read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
     others = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert others == {"numpy", "onnxruntime", "PIL"}
+    assert others == {"numpy", "PIL"}
 
 
 def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Path) -> None:
@@ -82,6 +85,31 @@ def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Pat
     assert [float(line.split("%")[0]) for line in lines] == pytest.approx(
         [round(100 * float(value), 2) for value in expected.sort(descending=True).values[:2]], abs=0.011
     )
+
+
+@pytest.mark.parametrize("kind", ["own", "timm"])
+def test_a_folder_for_the_hub_predicts_what_the_onnx_file_predicts(
+    kind: str, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    network, folder = small_student(), tmp_path / "folder"
+    if kind == "timm":
+        network = Classifier(architecture("timm/test_resnet", 4), network.mean, network.std)
+    folder.mkdir()
+    described = {**METADATA, "network": "resnet8", "mean": network.mean, "std": network.std}
+    write_network(network, OmegaConf.create({"_target_": "src.models.resnet.resnet8"}), folder, described)
+    onnx_file = tmp_path / "student.onnx"
+    write_form(network, onnx_file, Form("onnx", "float32"), torch.zeros(1, 3, 16, 16, dtype=torch.uint8), METADATA)
+    shown = []
+    for student in (folder, onnx_file):
+        assert predict.main([str(student), str(image)]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        shown.append(out.splitlines())
+    assert shown[0][0] == str(image)
+    assert [line.split("%")[1] for line in shown[0][1:]] == [line.split("%")[1] for line in shown[1][1:]]
+    percent = [[float(line.split("%")[0]) for line in lines[1:]] for lines in shown]
+    assert percent[0] == pytest.approx(percent[1], abs=0.011)
 
 
 def test_classes_that_share_a_name_are_told_apart_by_their_numbers(student: Path) -> None:
@@ -149,6 +177,27 @@ def test_pictures_of_many_bits_and_turned_ones_are_read_as_in_evaluation(kind: s
 
 
 # What is refused
+
+
+def test_a_folder_that_is_not_for_the_hub_is_refused(
+    image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"error: {tmp_path} has no config.json: give a folder" in refused(tmp_path, image, capsys)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "phrase"),
+    [
+        ("onnxruntime", "error: onnxruntime is not installed: pip install onnxruntime"),
+        ("torch", "needs the whole project"),
+    ],
+)
+def test_a_missing_package_is_reported(
+    blocked: str, phrase: str, student: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, blocked, None)
+    assert phrase in refused(student if blocked == "onnxruntime" else tmp_path, image, capsys)
 
 
 def test_a_picture_of_unknown_range_is_refused_by_name(

@@ -14,6 +14,7 @@ from src.data.imagenet import english_names
 from src.exporting.checking import Check
 from src.exporting.forms import RUNTIMES, Form
 from src.runs.fingerprints import versions
+from src.runs.identity import run_path
 from src.setup.reopen import Opened, read_result, read_teacher
 
 
@@ -30,7 +31,9 @@ def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
         "std": list(distiller.settings.std),
         "data": {"name": run_cfg.data.name, "digest": data.source.digest[:16]},
         "versions": versions(),
-        **dict.fromkeys(("method", "serialization", "teacher", "test", "seed", "epochs", "train_images")),
+        **dict.fromkeys(
+            ("method", "serialization", "teacher", "initial_weights", "test", "seed", "epochs", "train_images")
+        ),
     }
     if cfg.run is None:
         return {**facts, "source": Path(cfg.checkpoint).name}
@@ -39,20 +42,32 @@ def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
     reported = {"test", "epochs", "train_images"}
     return {
         **facts,
-        "source": "/".join(folder.parts[-4:]),
+        "source": "/".join([*run_path(run_cfg, {}).parts[-4:-1], folder.name]),  # a moved run has another path
         "method": method_name(run_cfg),
         "serialization": serialization_name(run_cfg),
         "teacher": teacher.model_dump(include={"name", "sha256", "accuracy"}) if teacher else None,
+        "initial_weights": _initial_weights(result.settings if result else run_cfg),
         "seed": run_cfg.seed,
         **(result.model_dump(include=reported, exclude_unset=True) if result else dict.fromkeys(reported)),
     }
 
 
-def model_card(file: Path, form: Form, metadata: Mapping[str, Any], check: Check) -> str:
-    """Write the model card, in Markdown."""
+def _initial_weights(settings: Mapping[str, Any]) -> str | None:
+    """Return the library's weights that a student started from, as `student.source` names them, if there are any."""
+    student = settings.get("student")
+    if not isinstance(student, Mapping) or student.get("path"):
+        return None
+    source = student.get("source")
+    return source if isinstance(source, str) else None
+
+
+def model_card(file: Path, form: Form, metadata: Mapping[str, Any], check: Check, usage: str = "") -> str:
+    """Write the model card, in Markdown. `usage` replaces the lines that say how the file is used."""
     rows = {**_use_rows(file, form, metadata), **_accuracy_rows(form, metadata, check), **_origin_rows(metadata)}
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    use = f"\n## Use\n\n    python -m src.predict {file.name} image.png\n" if form.format == "onnx" else ""
+    if form.format == "onnx":
+        usage = f"\n    python -m src.predict {file.name} image.png\n"
+    use = f"\n## Use\n{usage}" if usage else ""
     title = f"# {plain(metadata['network'])} for {plain(metadata['data']['name'])}\n\n"
     names = plain(", ".join(metadata["class_names"]))
     return f"{title}| | |\n|---|---|\n" + "\n".join(lines) + f"\n{use}\n## Classes\n\n{names}\n"
@@ -67,7 +82,7 @@ def _use_rows(file: Path, form: Form, metadata: Mapping[str, Any]) -> dict[str, 
     return {
         "file": f"`{file.name}`: {form.format}, {form.precision}, {file.stat().st_size:,} bytes, sha256 "
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}",
-        "network": plain(metadata["network"]) + (" (weights alone, named as in this project)" if weights_alone else ""),
+        "network": plain(metadata["network"]) + (" (weights alone)" if weights_alone else ""),
         "input": f"`images` [batch, 3, {height}, {width}], any batch size, RGB, {pixels}",
         "pictures": f"resized to cover {resize_width} x {resize_height} pixels, then cropped to the central {width} x "
         f"{height}",
@@ -96,5 +111,7 @@ def _origin_rows(metadata: Mapping[str, Any]) -> dict[str, str]:
         rows["teacher"] = (
             f"{plain(teacher['name'])}, top-1 {100 * teacher['accuracy']:.2f} %, sha256 {teacher['sha256']}"
         )
+    if metadata["initial_weights"]:
+        rows["initial weights"] = f"those of {plain(metadata['initial_weights'])}"
     rows["versions"] = ", ".join(f"{name} {number}" for name, number in metadata["versions"].items())
     return rows

@@ -18,8 +18,21 @@ from src.common.errors import UserError
 from src.data.views import normalise
 from src.training.distiller import Distiller
 
-SUFFIXES = {"onnx": ".onnx", "exported_program": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}
-RUNTIMES = {"onnx": "onnxruntime", "exported_program": "torch", "torchscript": "torch", "safetensors": "safetensors"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "exported_program": ".pt2",
+    "torchscript": ".pt",
+    "safetensors": ".safetensors",
+    "hub": "",
+}
+"""The suffix of the file of each format. `hub` is a folder, which `src/exporting/hub.py` writes and loads."""
+RUNTIMES = {
+    "onnx": "onnxruntime",
+    "exported_program": "torch",
+    "torchscript": "torch",
+    "safetensors": "safetensors",
+    "hub": "torch",
+}
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.float32}
 """The dtype in which the written network computes. An int8 file is made from a float32 file."""
 METADATA_FILE = "metadata.json"
@@ -53,6 +66,8 @@ class Form(NamedTuple):
             raise UserError(f"format={format} does not support precision=int8: use format=onnx.")
         if (format, precision) == ("onnx", "bfloat16"):
             raise UserError("onnxruntime does not compute in bfloat16 on a CPU: use precision=float16 or int8.")
+        if format == "hub" and precision != "float32":
+            raise UserError(f"format=hub does not support precision={precision}: leave it out.")
         return cls(format, precision)
 
     def __str__(self) -> str:
@@ -60,7 +75,9 @@ class Form(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """The name of the file: student.onnx, student-int8.onnx, ..."""
+        """The name of the file: student.onnx, student-int8.onnx, ... The name of the folder of `hub` is hub."""
+        if self.format == "hub":
+            return "hub"
         return "student" + ("" if self.precision == "float32" else f"-{self.precision}") + SUFFIXES[self.format]
 
 
@@ -87,12 +104,12 @@ def make_classifier(distiller: Distiller) -> Classifier:
     return Classifier(predictor, distiller.settings.mean, distiller.settings.std)
 
 
-def import_extra(package: str) -> Any:
-    """Import a package of the extra `export`. Raises `UserError` if it is missing."""
+def import_extra(package: str, extra: str = "export") -> Any:
+    """Import a package of an extra. Raises `UserError` if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{package.partition('.')[0]} is not installed: pip install -e '.[export]'.") from error
+        raise UserError(f"{package.partition('.')[0]} is not installed: pip install -e '.[{extra}]'.") from error
 
 
 def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, metadata: Mapping[str, Any]) -> None:

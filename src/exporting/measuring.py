@@ -105,9 +105,9 @@ def parse_forms(names: Sequence[str]) -> list[Form]:
     forms = []
     for name in names:
         format_name, _, precision = name.partition("-")
-        if format_name == "safetensors":
+        if format_name in ("safetensors", "hub"):
             raise UserError(
-                "forms=[safetensors] cannot be timed, because such a file holds weights alone: leave it out."
+                f"forms=[{format_name}] cannot be timed, because such a file holds weights alone: leave it out."
             )
         forms.append(Form.parse(format_name, precision or "float32"))
     return forms

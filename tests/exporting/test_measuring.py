@@ -73,7 +73,7 @@ def test_a_name_is_a_format_and_a_precision(form: str, expected: tuple[str, str]
     assert parse_forms([form]) == [Form(*expected)]
 
 
-@pytest.mark.parametrize("form", ["safetensors", "nonsense", "onnx-int4", "onnx-bfloat16"])
+@pytest.mark.parametrize("form", ["safetensors", "hub", "nonsense", "onnx-int4", "onnx-bfloat16"])
 def test_an_unknown_form_is_refused(form: str) -> None:
     with pytest.raises(UserError, match=form.rpartition("-")[2]):
         parse_forms(["onnx", form])

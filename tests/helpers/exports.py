@@ -20,6 +20,7 @@ METADATA: dict[str, Any] = {
     "versions": {"torch": "2"},
     "source": "here",
     "method": None,
+    "initial_weights": None,
     "teacher": None,
     "test": None,
 }
