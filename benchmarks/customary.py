@@ -66,7 +66,7 @@ def torchvision_loader(
             images, target = mix(images, target)
         return images, target
 
-    options = {"num_workers": workers, "collate_fn": collate if mixing else None}
+    options: dict[str, Any] = {"num_workers": workers, "collate_fn": collate if mixing else None}
     return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, **options)
 
 

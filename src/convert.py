@@ -21,6 +21,8 @@ def main(cfg: DictConfig) -> None:
     data = hydra.utils.instantiate(cfg.data, batch_size=1, seed=0)
     if type(data) is not FolderData:
         raise UserError(f"data={cfg.data.name} is not a folder of photos: choose data=imagefolder or data=imagenet.")
+    if data.unlabelled is not None:
+        raise UserError("Shards have no place for photos without labels: leave data.unlabelled out.")
     out = output_folder(cfg.out)
     data.load()
     for note in data.source.notes:

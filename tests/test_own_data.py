@@ -233,3 +233,45 @@ def test_damaged_photos_are_reported_before_a_teacher_is_trained(tmp_path: Path,
     assert (ran.code, ran.err) == (0, "")
     assert "Left out of" in ran.out
     assert result_of(only_run(tmp_path, "kd"))["train_images"] == 19
+
+
+def test_photos_without_labels_are_distilled(tmp_path: Path, photos: Path) -> None:
+    loose = tmp_path / "loose"
+    shutil.copytree(photos / "train" / CLASSES[0], loose / "a")
+    data = ("data=imagefolder", f"data.root={photos}", "data.image_size=32", "data.resize=32")
+    common = (*data, f"data.unlabelled={loose}", "model=resnet20_to_resnet8", "teacher.view_store=true")
+    ran = train(tmp_path, *common, "method=aekt")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"20 training images ({photos / 'train'}/), 10 unlabelled training images ({loose}/)" in ran.out
+    assert "Each of the 3 batches of an epoch has 5 images with and 3 without labels." in ran.out
+    assert "10 training images without labels are left unread, because the method distils nothing." in ran.out
+    result = result_of(only_run(tmp_path, "aekt"))
+    assert (result["train_images"], result["unlabelled_images"]) == (20, 10)
+    assert_refused(train(tmp_path, *common, "method=crd"), "method=crd needs the label of each image, but 10 training")
+    assert train(tmp_path, *common, "method=vanilla").code == 0
+    report = run("report", f"runs={tmp_path / 'runs'}", f"out={tmp_path / 'report'}")
+    assert report.code == 0
+    assert "20 training images with labels, 10 without" in report.out
+    onnx = run("export", f"run={only_run(tmp_path, 'aekt')}", "images=8")
+    assert onnx.code == 0
+    card = next((only_run(tmp_path, "aekt") / "export").glob("*.md")).read_text()
+    assert (
+        "2 epochs of 20 images with labels and 10 without" in card or "of 20 images with labels and 10 without" in card
+    )
+
+
+def test_a_student_needs_no_labels(tmp_path: Path) -> None:
+    whole = colour_arrays(classes=5)
+    kept = {name: array for name, array in whole.items() if not name.startswith("train_")}
+    save_arrays(tmp_path / "mine.npz", **kept, unlabelled_images=whole["train_images"])
+    torch.manual_seed(0)
+    save_weights(resnet8(5), tmp_path / "teacher.pth")
+    pair = ("data=arrays", f"data.path={tmp_path / 'mine.npz'}", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]")
+    networks = ("network@model.teacher=resnet8", "network@model.student=resnet8")
+    ran = train(tmp_path, *pair, *networks, f"teacher.path={tmp_path / 'teacher.pth'}", "method=dkd")
+    assert (ran.code, ran.err) == (0, "")
+    rows = list(csv.DictReader((only_run(tmp_path, "dkd") / "metrics.csv").open()))
+    assert float(rows[0]["train/cross_entropy"]) == 0
+    assert float(rows[0]["train/nckd"]) > 0
+    refused = train(tmp_path, *pair, *networks, f"teacher.path={tmp_path / 'teacher.pth'}", "method=vanilla")
+    assert_refused(refused, "No training images are left")

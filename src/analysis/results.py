@@ -98,7 +98,10 @@ class Finished:
         result = self.result
         epochs = f"{result.epochs_wanted or result.epochs} epochs"
         early = "" if result.end == "the last epoch" else ", ended early"
-        return f"{result.data}, {result.train_images:,} training images, {epochs}{early}"
+        images = f"{result.train_images:,} training images"
+        if result.settings.get("data", {}).get("unlabelled") or result.unlabelled_images:
+            images += f" with labels, {result.unlabelled_images:,} without"
+        return f"{result.data}, {images}, {epochs}{early}"
 
     def history(self) -> list[dict[str, float]]:
         """Read the run's metrics, one row per epoch."""
@@ -185,7 +188,9 @@ def by_protocol(runs: Iterable[Finished]) -> dict[str, list[Finished]]:
     together: dict[str, list[Finished]] = {}
     for run in runs:
         together.setdefault(run.protocol, []).append(run)
-    return _name_groups(list(together.values()), lambda run: run.budget, lambda run: run.protocol)
+    # The first run gives its name to the group. Networks that were trained alone left images without labels unread.
+    groups = [sorted(each, key=lambda run: -run.result.unlabelled_images) for each in together.values()]
+    return _name_groups(groups, lambda run: run.budget, lambda run: run.protocol)
 
 
 def group(runs: Iterable[Finished]) -> dict[str, list[Finished]]:

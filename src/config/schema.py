@@ -160,6 +160,10 @@ class DataOptions:
     """The number of different views of an image in the whole training. None: a new view in each epoch."""
     wrong_labels: Share = added(0.0)
     """The share of training images that get the label of another class, to study label noise."""
+    unlabelled: str | None = added()
+    """A folder of training photos without labels, or "rest": the training images that `train_size` leaves out."""
+    unlabelled_share: Share | None = added()
+    """The share of each batch without labels. None: their share of all training images. 0: they are left unread."""
 
 
 @dataclass

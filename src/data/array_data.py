@@ -92,6 +92,11 @@ class ArrayData(ImageData):
             raise UserError(f"data={self.name} needs data.path=FILE.npz (see docs/data.md for the format).")
         else:
             file = self.prepare_file(Path(self.root).expanduser())
+        if self.unlabelled not in (None, "rest"):
+            raise UserError(
+                f"data.unlabelled={self.unlabelled} is not possible for an array file: put the images into its array "
+                "unlabelled_images, or choose data.unlabelled=rest."
+            )
         self.arrays = load_arrays(file)
         self.mean, self.std = self._normalisation()
         return self.arrays
@@ -126,6 +131,7 @@ class ArrayData(ImageData):
             labels=labels,
             augmentation=self.augmentation,
             partners=self.train_index.to(images.device),
+            unlabelled_partners=self.unlabelled_index.to(images.device),
             views_per_image=self.views_per_image,
             seed=self.seed,
             fixed_views=self.fixed_views,
@@ -161,12 +167,12 @@ class ArrayData(ImageData):
         images = len(self.arrays.train_labels)
         is_read = torch.zeros(images * self.view_count(epochs), dtype=torch.bool)
         for epoch, view in itertools.product(range(epochs), range(self.views_per_image)):
-            is_read[self.draw(self.train_index, epoch, view) * images + self.train_index] = True
+            is_read[self.draw(self.trained_index, epoch, view) * images + self.trained_index] = True
         return is_read.nonzero()[:, 0]
 
     def draw(self, index: Tensor, epoch: int, view: int) -> Tensor:
         """Draw the view numbers [B] int64 of the training images at the positions `index` [B]."""
-        keys = {"seed": self.seed, "epoch": epoch, "view": view, "fixed_views": self.fixed_views}
+        keys: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "view": view, "fixed_views": self.fixed_views}
         if not self.augmentation.is_geometric:
             return draw_view(index, views_per_image=self.views_per_image, **keys).number
         if self.augmentation.is_constant:
@@ -187,7 +193,7 @@ class ArrayData(ImageData):
     def train_duplicates(self) -> dict[str, int]:
         """The number of images in `val` and `test` that are also training images, pixel for pixel."""
         train = _hashes(self.arrays.train_images)
-        seen = {train[row] for row in self.train_index.tolist()}
+        seen = {train[row] for row in self.trained_index.tolist()}
         own = self.arrays.val_images
         val = [train[row] for row in self.val_index.tolist()] if own is None else _hashes(own)
         splits = {"val": val, "test": _hashes(self.arrays.test_images)}

@@ -12,18 +12,21 @@ Required arrays, for N training images and M test images of H x W pixels and C c
 
 Optional arrays:
 
+    unlabelled_images        uint8    [U, H, W, 3]  training images without labels, for distillation alone
     val_images               uint8    [V, H, W, 3]  a validation split, which is scored after each epoch
     val_labels               integer  [V]           with val_images
     class_names              string   [C]  in the order of the class numbers, at least 2
     superclass_names         string   [S]  for data whose classes are grouped into S superclasses
     train_superclass_labels  integer  [N]  the superclass number of each image, 0 .. S - 1
 
+- With `unlabelled_images`, the training images and labels are optional.
 - Each split needs at least one image, and each image exactly one label. Labels may have any integer type, and the shape
   [N, 1] too. One-hot and soft labels are refused.
 - Grey images [N, H, W] or [N, H, W, 1] become RGB. Channels may also come first: [N, 3, H, W] or [N, 1, H, W].
 - Labels that run from 1 to C, without a gap and with C class names or none, are shifted to 0 .. C - 1.
 - Class names may repeat: a class is identified by its number.
-- Without `class_names`, the classes are called "0", "1", ... up to the largest training label.
+- Without `class_names`, the classes are called "0", "1", ... up to the largest label of the training images, or of the
+  test images if no training image has a label.
 - Superclasses need both of their arrays. All images of a class must have the same superclass.
 - Arrays of other names are allowed and have no effect, such as `test_superclass_labels` in the file of CIFAR-100. What
   has been converted or is left unread is said in the log.
@@ -53,8 +56,9 @@ from src.data.photo_folders import named
 from src.data.source import Source, Split
 
 REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+UNLABELLED = "unlabelled_images"
 KNOWN = {
-    *REQUIRED, "val_images", "val_labels", "class_names", "superclass_names",
+    *REQUIRED, UNLABELLED, "val_images", "val_labels", "class_names", "superclass_names",
     *(f"{split}_superclass_labels" for split in ("train", "val", "test")),
 }  # fmt: skip
 
@@ -64,7 +68,7 @@ class ImageArrays(Source):
     """Images in memory."""
 
     train_images: Tensor
-    """[N, 3, H, W] uint8."""
+    """[N, 3, H, W] uint8. At the end are the images without a label."""
     test_images: Tensor
     """[M, 3, H, W] uint8."""
     val_images: Tensor | None = None
@@ -106,53 +110,72 @@ def load_arrays(path: Path) -> ImageArrays:
 def _validated(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageArrays:
     _check_members(path, arrays)
     splits = ["train", "test", *(["val"] if "val_images" in arrays else [])]
+    arrays = _with_training_arrays(arrays)
     arrays, notes = _usual_shapes(arrays, splits)
     labels = {split: arrays[f"{split}_labels"] for split in splits}
-    names = _class_names(path, arrays, labels["train"])
-    if _labels_start_at_1(list(labels.values()), arrays.get("class_names")):
+    given = [each for each in labels.values() if each.size] or list(labels.values())
+    names = _class_names(path, arrays, given[0])
+    if _labels_start_at_1(given, arrays.get("class_names")):
         labels = {split: each.astype(np.int64) - 1 for split, each in labels.items()}
         names = names if "class_names" in arrays else names[1:]
         digest = hashlib.sha256(f"{digest} from 1".encode()).hexdigest()  # version 0.1 added an empty class
         notes.append(f"The labels of {path} run from 1 to {len(names)}, and are shifted to 0 to {len(names) - 1}.")
+    unlabelled = arrays.get(UNLABELLED)
     for split in splits:
-        _check_split(path, split, arrays[f"{split}_images"], labels[split], len(names))
-    _check_sizes(path, {split: arrays[f"{split}_images"] for split in splits})
+        is_optional = split == "train" and unlabelled is not None
+        _check_split(path, split, arrays[f"{split}_images"], labels[split], len(names), is_optional)
+    if unlabelled is not None:
+        _check_images(path, UNLABELLED, unlabelled)
+    read = [*(f"{split}_images" for split in splits), *([UNLABELLED] if unlabelled is not None else [])]
+    _check_sizes(path, {name: arrays[name] for name in read})
     trained = np.unique(labels["train"])
-    if len(trained) < 2:
+    if len(trained) == 1 and unlabelled is None:
         raise UserError(f"{path}: all train_labels are {trained[0]}: add training images of another class.")
-    if absent := [str(name) for name in np.delete(names, trained)]:
+    absent = [str(name) for name in np.delete(names, trained)]
+    if absent and len(trained):
         notes.append(f"Classes of {path} without a training image: {len(absent):,} ({named(absent)}).")
     superclasses = _superclass_of_classes(path, arrays, labels["train"], len(names))
     if unread := sorted(set(arrays) - KNOWN):
         notes.append(f"Arrays of {path} that are left unread: {', '.join(unread)}.")
-    tensors = {f"{split}_images": _tensor(arrays[f"{split}_images"]) for split in splits}
+    if unlabelled is not None:
+        arrays["train_images"] = np.concatenate([arrays["train_images"], unlabelled])
+        labels["train"] = np.append(labels["train"].astype(np.int64), np.full(len(unlabelled), -1))
     return ImageArrays(
-        **tensors,
+        **{f"{split}_images": _tensor(arrays[f"{split}_images"]) for split in splits},
         **{f"{split}_labels": torch.from_numpy(labels[split].astype(np.int64)) for split in splits},
         class_names=tuple(str(name) for name in names),
         superclass_names=tuple(str(name) for name in arrays["superclass_names"]) if superclasses else None,
         superclass_of=superclasses,
         digest=digest,
-        places={split: f"{split}_images" for split in splits} if "val" in splits else {},
+        places={split: f"{split}_images" for split in splits if "val" in splits} | {"unlabelled": UNLABELLED},
         notes=tuple(notes),
     )
+
+
+def _with_training_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add empty training images and labels if all training images are without labels."""
+    if "train_images" in arrays:
+        return arrays
+    return {**arrays, "train_images": arrays[UNLABELLED][:0], "train_labels": np.zeros(0, dtype=np.int64)}
 
 
 def _usual_shapes(arrays: dict[str, np.ndarray], splits: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Convert images to [N, H, W, 3] and labels to [N] where the shape leaves no doubt. Says what was converted."""
     usual, notes = dict(arrays), []
-    for split in splits:
-        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+    for name in [f"{split}_images" for split in splits] + [UNLABELLED] * (UNLABELLED in arrays):
+        images = arrays[name]
         if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
             images = images.transpose(0, 2, 3, 1)
-            notes.append(f"{split}_images have their channels first, and are transposed.")
+            notes.append(f"{name} have their channels first, and are transposed.")
         if images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 1):
             images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
-            notes.append(f"{split}_images are grey, and become RGB.")
+            notes.append(f"{name} are grey, and become RGB.")
+        usual[name] = images
+    for split in splits:
+        labels = arrays[f"{split}_labels"]
         if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
+            usual[f"{split}_labels"] = labels[:, 0]
             notes.append(f"{split}_labels have the shape [N, 1], and are read as [N].")
-        usual |= {f"{split}_images": images, f"{split}_labels": labels}
     superclasses = arrays.get("train_superclass_labels")
     if superclasses is not None and superclasses.ndim == 2 and superclasses.shape[1] == 1:
         usual["train_superclass_labels"] = superclasses[:, 0]
@@ -175,7 +198,10 @@ def _tensor(images: np.ndarray) -> Tensor:
 
 def _check_members(path: Path, arrays: dict[str, np.ndarray]) -> None:
     pairs = ("val_images", "val_labels")
-    required = REQUIRED + (pairs if any(name in arrays for name in pairs) else ())
+    training = ("train_images", "train_labels")
+    is_labelled = UNLABELLED not in arrays or any(name in arrays for name in training)
+    required = (*(training if is_labelled else ()), *REQUIRED[2:])
+    required += pairs if any(name in arrays for name in pairs) else ()
     if missing := [name for name in required if name not in arrays]:
         raise UserError(f"{path} has no array {', '.join(missing)}: see docs/data.md for the format.")
     # numpy returns the bytes of a member that does not hold an array
@@ -183,9 +209,9 @@ def _check_members(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise UserError(f"{path}: {', '.join(no_arrays)} is not a NumPy array: save it with numpy.savez.")
 
 
-def _class_names(path: Path, arrays: dict[str, np.ndarray], train_labels: np.ndarray) -> np.ndarray:
+def _class_names(path: Path, arrays: dict[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
     if "class_names" not in arrays:
-        return np.array([str(number) for number in range(_largest_label(train_labels) + 1)])
+        return np.array([str(number) for number in range(_largest_label(labels) + 1)])
     names = arrays["class_names"]
     if names.ndim != 1 or names.dtype.kind != "U" or len(names) < 2:
         found = f"{names.dtype} {list(names.shape)}"
@@ -199,13 +225,21 @@ def _largest_label(labels: np.ndarray) -> int:
     return max(0, min(int(labels.max()), len(labels))) if countable else 1
 
 
-def _check_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+def _check_images(path: Path, name: str, images: np.ndarray) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         found = f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"{path}: {split}_images must be uint8 [N, H, W, 3], but they are {found}.")
+        raise UserError(f"{path}: {name} must be uint8 [N, H, W, 3], but they are {found}.")
+
+
+def _check_split(
+    path: Path, split: str, images: np.ndarray, labels: np.ndarray, classes: int, is_optional: bool = False
+) -> None:
+    _check_images(path, f"{split}_images", images)
     if labels.dtype.kind not in "ui" or labels.ndim != 1:
         found = f"{labels.dtype} {list(labels.shape)}"
         raise UserError(f"{path}: {split}_labels must be integers [N], one class per image, but they are {found}.")
+    if is_optional and not len(images) + len(labels):
+        return
     if len(images) != len(labels) or not len(labels):
         raise UserError(
             f"{path}: there are {len(images)} {split}_images and {len(labels)} {split}_labels: "
@@ -219,10 +253,10 @@ def _check_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray,
 
 
 def _check_sizes(path: Path, images: dict[str, np.ndarray]) -> None:
-    sizes = {split: list(each.shape[1:3]) for split, each in images.items()}
-    if other := [split for split, size in sizes.items() if size != sizes["train"]]:
+    sizes = {name: list(each.shape[1:3]) for name, each in images.items()}
+    if other := [name for name, size in sizes.items() if size != sizes["train_images"]]:
         raise UserError(
-            f"{path}: training images have the size {sizes['train']} and {other[0]}_images {sizes[other[0]]}: "
+            f"{path}: training images have the size {sizes['train_images']} and {other[0]} {sizes[other[0]]}: "
             "resize all images to one size."
         )
 
@@ -231,7 +265,7 @@ def _superclass_of_classes(
     path: Path, arrays: dict[str, np.ndarray], labels: np.ndarray, classes: int
 ) -> tuple[int, ...] | None:
     """Find the superclass of each class from the labels of the training images. Returns None without superclasses."""
-    if "superclass_names" not in arrays or "train_superclass_labels" not in arrays:
+    if "superclass_names" not in arrays or "train_superclass_labels" not in arrays or not len(labels):
         return None
     names, of_images = arrays["superclass_names"], arrays["train_superclass_labels"]
     fit = (

@@ -15,12 +15,21 @@ from torch import Tensor
 from src.common.errors import UserError
 from src.data.image_data import ImageData, Reader, Samples, Share
 from src.data.photo_check import check_photos, describe_unreadable
-from src.data.photo_folders import Listing, check_classes, list_photos, listing_digest, split_folders, unread_notes
+from src.data.photo_folders import (
+    Listing,
+    check_classes,
+    list_photos,
+    list_unlabelled,
+    listing_digest,
+    split_folders,
+    unread_notes,
+)
 from src.data.photos import Photo, centre, crop_and_resize, reduction
 from src.data.source import Source, Split
 from src.data.view_reader import ViewReader
 from src.data.views import resized_crop_boxes
 
+UNLABELLED = "unlabelled"
 RATIO = (3 / 4, 4 / 3)
 """Range of width / height of training crops. torchvision's default, which everybody uses."""
 
@@ -111,6 +120,30 @@ class TrainingReader(ViewReader):
         return [images for images, _ in batches]
 
 
+@dataclass
+class JoinedPhotos:
+    """The photos of two sources, one after the other."""
+
+    first: Photos
+    second: Photos
+    size_of_first: int
+
+    def read(self, rows: Sequence[int]) -> list[bytes]:
+        """Return the bytes of photos. Raises `UserError` if one cannot be read."""
+        numbers = [(row - self.size_of_first, place) for place, row in enumerate(rows)]
+        encoded: dict[int, bytes] = {}
+        for photos, offset, of_first in ((self.first, self.size_of_first, True), (self.second, 0, False)):
+            chosen = [(number + offset, place) for number, place in numbers if (number < 0) == of_first]
+            found = photos.read([row for row, _ in chosen]) if chosen else []
+            encoded.update(zip((place for _, place in chosen), found, strict=True))
+        return [encoded[place] for place in range(len(rows))]
+
+    def name(self, row: int) -> str:
+        """Return the name of a photo for error messages."""
+        number = row - self.size_of_first
+        return self.first.name(row) if number < 0 else self.second.name(number)
+
+
 def _open_photos(photos: Photos, rows: Tensor) -> list[Photo]:
     wanted = rows.tolist()
     return [Photo(encoded, photos.name(row)) for row, encoded in zip(wanted, photos.read(wanted), strict=True)]
@@ -139,6 +172,8 @@ def _empty_images(count: int, size: int) -> tuple[Tensor, np.ndarray]:
 
 class FolderData(ImageData):
     """Photos in the folders `root`/train/<class>/... and `root`/val/<class>/..., or test/ instead of val/.
+
+    Photos in the folder `unlabelled`, at any depth, are training photos without labels. train/ is optional then.
 
     With val/ and test/, val/ is the validation split. `train_folder`, `val_folder` and `test_folder` name other folders
     in `root`. A class is named after its folder, which may contain further folders.
@@ -204,9 +239,41 @@ class FolderData(ImageData):
         read and are not to be skipped.
         """
         root = Path(self.root).expanduser()
-        folders = split_folders(root, self.train_folder, self.val_folder, self.test_folder)
-        listings = {split: list_photos(folder, root) for split, folder in folders.items()}
+        folder = self.unlabelled_folder
+        folders = split_folders(root, self.train_folder, self.val_folder, self.test_folder, needs_train=folder is None)
+        listings = {split: list_photos(each, root) for split, each in folders.items()}
         check_classes(listings)
+        if folder is not None:
+            listings[UNLABELLED] = list_unlabelled(folder, folders)
+            folders[UNLABELLED] = folder
+        listings, notes = self.check(root, listings)
+        unlabelled = listings.get(UNLABELLED)
+        check_classes({split: listing for split, listing in listings.items() if split != UNLABELLED})
+        self.photos = {split: _photos(listing) for split, listing in listings.items()}  # type: ignore[misc]
+        labels = {split: _labels(listing) for split, listing in listings.items()}
+        labels.setdefault("train", torch.zeros(0, dtype=torch.int64))
+        labels["train"] = self.join_unlabelled(labels["train"], unlabelled)
+        self.photos["held_out"] = self.photos["train"]
+        return Source(
+            train_labels=labels["train"],
+            val_labels=labels.get("val"),
+            test_labels=labels["test"],
+            class_names=tuple(listings["test"].classes),
+            digest=self.digest(),
+            places={split: f"{each}{os.sep}" for split, each in folders.items()},
+            notes=tuple(notes),
+        )
+
+    @property
+    def unlabelled_folder(self) -> Path | None:
+        """The folder of the photos without labels, if there is one."""
+        return None if self.unlabelled in (None, "rest") else Path(str(self.unlabelled)).expanduser()
+
+    def check(self, root: Path, listings: dict[str, Listing]) -> tuple[dict[str, Listing], list[str]]:
+        """Check that all photos can be read, and set the digest of the files.
+
+        Returns the listings of the readable photos, and notes. Raises `UserError` if photos are not to be skipped.
+        """
         found = check_photos(root, listings, self.workers, Path(self.cache).expanduser())
         described = describe_unreadable(found, sum(len(listing.files) for listing in listings.values()))
         if found.unreadable and not self.skip_corrupt:
@@ -215,20 +282,17 @@ class FolderData(ImageData):
                 "out."
             )
         notes = [*unread_notes(root, listings), *([f"Left out of {root}: {described}."] if found.unreadable else [])]
-        listings = {split: listing.without(found.unreadable) for split, listing in listings.items()}
-        check_classes(listings)
-        self.photos = {split: _photos(listing) for split, listing in listings.items()}  # type: ignore[misc]
-        self.photos["held_out"] = self.photos["train"]
-        self.files_digest = listing_digest(listings, found.adjusted, found.checksums)
-        return Source(
-            train_labels=_labels(listings["train"]),
-            val_labels=_labels(listings["val"]) if "val" in listings else None,
-            test_labels=_labels(listings["test"]),
-            class_names=tuple(listings["train"].classes),
-            digest=self.digest(),
-            places={split: f"{folder}{os.sep}" for split, folder in folders.items()},
-            notes=tuple(notes),
-        )
+        readable = {split: listing.without(found.unreadable) for split, listing in listings.items()}
+        self.files_digest = listing_digest(readable, found.adjusted, found.checksums)
+        return readable, notes
+
+    def join_unlabelled(self, labels: Tensor, unlabelled: Listing | None) -> Tensor:
+        """Append the photos without labels to the training photos. Returns the labels [N], with -1 for them."""
+        if unlabelled is None:
+            return labels
+        photos, own = _photos(unlabelled), self.photos.get("train")
+        self.photos["train"] = photos if own is None else JoinedPhotos(own, photos, len(labels))
+        return torch.cat([labels, torch.full((len(unlabelled.files),), -1)])
 
     def digest(self) -> str:
         """Hash the list of files and the image sizes of evaluation."""
@@ -241,6 +305,7 @@ class FolderData(ImageData):
                 labels=self.train_labels,
                 augmentation=self.augmentation,
                 partners=self.train_index,
+                unlabelled_partners=self.unlabelled_index,
                 views_per_image=self.views_per_image,
                 seed=self.seed,
                 fixed_views=self.fixed_views,

@@ -18,7 +18,7 @@ from src.data.source import Source, Split, distinct_names
 from src.data.views import SPLIT_STREAM, WRONG_LABELS, epoch_order, random_bits, uniform
 
 STANDARD = Augmentation()
-PURPOSES = {"train": "training", "val": "validation", "test": "test"}
+PURPOSES = {"train": "training", "unlabelled": "unlabelled training", "val": "validation", "test": "test"}
 """Descriptions of the use of each split."""
 
 
@@ -28,7 +28,7 @@ class Samples(NamedTuple):
     images: tuple[Tensor, ...]
     """One tensor uint8 [B, 3, H, W] per view."""
     target: Tensor
-    """[B] int64, the class numbers."""
+    """[B] int64, the class numbers, or -1 for images without a label."""
     index: Tensor  # type: ignore[assignment]
     """[B] int64, the positions in the whole training data, or in the split under evaluation."""
     view_numbers: tuple[Tensor, ...] = ()
@@ -125,6 +125,38 @@ class EpochBatches(Sampler[Share]):
         return rows.tensor_split([self.batch_size * number for number in range(1, len(self))])
 
 
+class MixedBatches(EpochBatches):
+    """Sampler of training batches that hold images with and without labels, in the same proportion.
+
+    A global batch has `unlabelled_per_batch` images of the positions `unlabelled`. The others are as described in
+    `EpochBatches`. The epoch ends when one kind no longer fills a batch. Each epoch draws both kinds anew.
+    """
+
+    def __init__(self, *arguments: Any, unlabelled: Tensor, unlabelled_per_batch: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.unlabelled = unlabelled.to(self.device)
+        self.sizes = (self.batch_size - unlabelled_per_batch, unlabelled_per_batch)
+
+    @property
+    def merges(self) -> bool:
+        """Never: all batches are full."""
+        return False
+
+    def __len__(self) -> int:
+        available = (self.size, len(self.unlabelled))
+        return min(count // size for count, size in zip(available, self.sizes, strict=True) if size)
+
+    def _batches(self) -> Sequence[Tensor]:
+        assert self.seed is not None
+        assert self.index is not None
+        kinds = ((self.index, self.blocks), (self.unlabelled, None))
+        parts = []
+        for (index, blocks), size in zip(kinds, self.sizes, strict=True):
+            order = epoch_order(self.seed, self.epoch, len(index), blocks, self.device)
+            parts.append(index[order[: len(self) * size]].view(len(self), size))
+        return torch.cat(parts, dim=1).unbind()
+
+
 class ImageData(L.LightningDataModule):
     """A data module for images: splits, and batches for each device. Subclasses read and augment the images.
 
@@ -153,6 +185,9 @@ class ImageData(L.LightningDataModule):
         views_per_image: int = 1,
         fixed_views: int | None = None,
         wrong_labels: float = 0.0,
+        unlabelled: str | None = None,
+        unlabelled_share: float | None = None,
+        reads_unlabelled: bool = True,
         augmentation: Augmentation = STANDARD,
     ) -> None:
         super().__init__()
@@ -163,6 +198,7 @@ class ImageData(L.LightningDataModule):
         """Epoch and batch number at which training starts."""
         self.views_per_image = views_per_image
         self.fixed_views, self.wrong_labels = fixed_views, wrong_labels
+        self.unlabelled, self.unlabelled_share, self.reads_unlabelled = unlabelled, unlabelled_share, reads_unlabelled
         self.augmentation = augmentation
 
     def read(self) -> Source:
@@ -214,7 +250,7 @@ class ImageData(L.LightningDataModule):
         """The part of `views_name` that stands for the augmentation. Empty for crops and flips only."""
         if self.augmentation.mixing is None:
             return self.augmentation.key
-        partners = hashlib.sha256(self.train_index.numpy().tobytes()).hexdigest()[:8]
+        partners = hashlib.sha256(self.trained_index.numpy().tobytes()).hexdigest()[:8]
         return f"{self.augmentation.key}-{partners}"
 
     def load(self) -> None:
@@ -230,16 +266,59 @@ class ImageData(L.LightningDataModule):
                 f"data.val_size={self.val_size} holds training images out, but {where} has validation images already: "
                 f"set data.val_size=0 to use them{self.how_to_ignore_val}."
             )
-        val_size = count_of(self.val_size, len(labels))
-        self.val_index = stratified(labels, torch.arange(len(labels)), val_size, self.split_seed, "data.val_size")
-        kept = torch.ones(len(labels), dtype=torch.bool)
+        candidates = (labels >= 0).nonzero()[:, 0]
+        val_size = count_of(self.val_size, len(candidates))
+        self.val_index = stratified(labels, candidates, val_size, self.split_seed, "data.val_size")
+        kept = labels >= 0
         kept[self.val_index] = False
         rest = kept.nonzero()[:, 0]
         size = len(rest) if self.train_size is None else count_of(self.train_size, len(rest))
         self.train_index = stratified(labels, rest, size, self.split_seed, "data.train_size")
-        if not len(self.train_index):
+        self.train_labels = with_wrong_labels(labels, self.num_classes, self.wrong_labels, self.split_seed).clone()
+        self.available_unlabelled = self._find_unlabelled(rest)
+        is_read = self.reads_unlabelled and self.unlabelled_share != 0
+        self.unlabelled_index = self.available_unlabelled if is_read else self.available_unlabelled[:0]
+        self.train_labels[self.unlabelled_index] = -1
+        if not len(self.train_index) + len(self.unlabelled_index):
             raise UserError("No training images are left: lower data.val_size or raise data.train_size.")
-        self.train_labels = with_wrong_labels(labels, self.num_classes, self.wrong_labels, self.split_seed)
+
+    def _find_unlabelled(self, rest: Tensor) -> Tensor:
+        """Return the positions of the training images without labels. `rest` are the images that are not held out."""
+        labels = self.source.train_labels
+        is_unlabelled = labels < 0
+        if self.unlabelled == "rest":
+            is_unlabelled[rest] = True
+            is_unlabelled[self.train_index] = False
+            if len(rest) == len(self.train_index):
+                raise UserError(
+                    "data.unlabelled=rest uses the training images that data.train_size leaves out, but there are "
+                    "none: set data.train_size."
+                )
+        elif self.unlabelled_share and not is_unlabelled.any():
+            raise UserError(
+                f"data.unlabelled_share={self.unlabelled_share} has no images without labels: set data.unlabelled to a "
+                "folder of photos, or to rest."
+            )
+        return is_unlabelled.nonzero()[:, 0]
+
+    @property
+    def unlabelled_per_batch(self) -> int:
+        """The number of images without a label in each global batch."""
+        labelled, unlabelled = len(self.train_index), len(self.unlabelled_index)
+        if not labelled or not unlabelled:
+            return self.batch_size if unlabelled else 0
+        share = unlabelled / (labelled + unlabelled) if self.unlabelled_share is None else self.unlabelled_share
+        return min(max(round(share * self.batch_size), 1), self.batch_size - 1)
+
+    @property
+    def labelled_share(self) -> float:
+        """The share of each batch that has labels."""
+        return 1 - self.unlabelled_per_batch / self.batch_size
+
+    @property
+    def trained_index(self) -> Tensor:
+        """The positions of all images that are trained on, with and without labels, [N] int64."""
+        return torch.cat([self.train_index, self.unlabelled_index])
 
     @property
     def num_classes(self) -> int:
@@ -305,8 +384,14 @@ class ImageData(L.LightningDataModule):
 
         Raises `UserError` if the images are too few to train on with this number of devices.
         """
-        validation, places = self.split_size("val"), {"val": "held out of them", **self.source.places}
-        sizes = {"train": len(self.train_index), "val": validation, "test": self.split_size("test")}
+        rest = {"unlabelled": "whose labels are not used"} if self.unlabelled == "rest" else {}
+        validation, places = self.split_size("val"), {"val": "held out of them", **self.source.places, **rest}
+        sizes = {
+            "train": len(self.train_index),
+            "unlabelled": len(self.unlabelled_index),
+            "val": validation,
+            "test": self.split_size("test"),
+        }
         named = {split: f" ({places[split]})" if split in places else "" for split in sizes}
         used = [f"{size:,} {PURPOSES[split]} images{named[split]}" for split, size in sizes.items() if size]
         when = "once, at the end" if validation else "after each epoch"
@@ -314,10 +399,23 @@ class ImageData(L.LightningDataModule):
         if self.wrong_labels:
             wrong = int((self.train_labels != self.source.train_labels)[self.train_index].sum())
             notes.append(f"{wrong:,} training images have a wrong label, because of data.wrong_labels.")
+        notes += self._unlabelled_notes()
         if self._training_batches(0, world_size).merges:
             last = self.batch_size + world_size
             notes.append(f"The last batch has {last} images, because batch norm cannot train on a rest of one image.")
         return notes
+
+    def _unlabelled_notes(self) -> list[str]:
+        """Say how images without labels are used."""
+        unread = len(self.available_unlabelled) - len(self.unlabelled_index)
+        if unread:
+            why = "the method distils nothing" if not self.reads_unlabelled else "data.unlabelled_share is 0"
+            return [f"{unread:,} training images without labels are left unread, because {why}."]
+        without = self.unlabelled_per_batch
+        if not without:
+            return []
+        kinds = f"{self.batch_size - without} images with and {without} without labels"
+        return [f"Each of the {self.count_training_batches():,} batches of an epoch has {kinds}."]
 
     def setup(self, stage: str) -> None:
         """Start training at the first batch. A checkpoint that is restored later overrides this."""
@@ -344,6 +442,10 @@ class ImageData(L.LightningDataModule):
         """
         return self._loader("train", None, self._training_batches(*self._rank_and_world_size()))
 
+    def count_training_batches(self, world_size: int = 1) -> int:
+        """Count the batches of an epoch. Raises `UserError` as `train_dataloader` does."""
+        return len(self._training_batches(0, world_size))
+
     def _training_batches(self, rank: int, world_size: int) -> EpochBatches:
         if self.batch_size % world_size:
             raise UserError(
@@ -351,23 +453,49 @@ class ImageData(L.LightningDataModule):
                 f"{world_size} devices: choose a multiple of {world_size}."
             )
         needed = min(self.batch_size, 2 * world_size)
+        if len(self.unlabelled_index):
+            return self._mixed_batches(rank, world_size)
         if len(self.train_index) < needed:
             raise UserError(
                 f"There are too few training images ({len(self.train_index)}), because batch norm needs two on each "
                 f"device: use at least {needed}, with more images or a higher data.train_size."
             )
-        return EpochBatches(
+        return EpochBatches(len(self.train_index), self.batch_size, **self._order(rank, world_size))
+
+    def _mixed_batches(self, rank: int, world_size: int) -> MixedBatches:
+        """Make the sampler of batches with images of both kinds. Raises `UserError` if one kind fills no batch."""
+        without = self.unlabelled_per_batch
+        if self.batch_size == 1 and len(self.train_index):
+            raise UserError(
+                "schedule.batch_size=1 does not fit images with and without labels, because each batch holds both: "
+                "choose 2 or more."
+            )
+        batches = MixedBatches(
             len(self.train_index),
             self.batch_size,
-            seed=self.seed,
-            index=self.train_index,
-            blocks=None if self.blocks is None else self.blocks[self.train_index],
-            rank=rank,
-            world_size=world_size,
-            epoch=self.first_batch[0],
-            done=self.first_batch[1],
-            device=self._storage(),
+            unlabelled=self.unlabelled_index,
+            unlabelled_per_batch=without,
+            **self._order(rank, world_size),
         )
+        if not len(batches):
+            raise UserError(
+                f"A batch needs {self.batch_size - without} training images with and {without} without labels, but "
+                f"there are {len(self.train_index)} and {len(self.unlabelled_index)}: lower schedule.batch_size or "
+                "change data.unlabelled_share."
+            )
+        return batches
+
+    def _order(self, rank: int, world_size: int) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "index": self.train_index,
+            "blocks": None if self.blocks is None else self.blocks[self.train_index],
+            "rank": rank,
+            "world_size": world_size,
+            "epoch": self.first_batch[0],
+            "done": self.first_batch[1],
+            "device": self._storage(),
+        }
 
     def val_dataloader(self) -> DataLoader[Samples]:
         """Return a loader of the split `validates_on`."""
@@ -459,7 +587,8 @@ def _kill_workers() -> None:
 def with_wrong_labels(labels: Tensor, num_classes: int, share: float, seed: int) -> Tensor:
     """Replace the labels [N] of a random `share` of all images by another class, with equal probabilities.
 
-    The images of a smaller share are among those of a larger share with the same seed, and have the same labels.
+    Images without a label (-1) stay without. The images of a smaller share are among those of a larger share with the
+    same seed, and have the same labels.
 
     >>> with_wrong_labels(torch.zeros(1000, dtype=torch.int64), 3, 0.3, seed=0).bincount().tolist()
     [703, 130, 167]
@@ -468,7 +597,7 @@ def with_wrong_labels(labels: Tensor, num_classes: int, share: float, seed: int)
         return labels
     bits = random_bits(seed, 0, torch.arange(len(labels)), WRONG_LABELS)
     other = (labels + 1 + (uniform(bits, 1) * (num_classes - 1)).long()) % num_classes
-    return torch.where(uniform(bits, 0) < share, other, labels)
+    return torch.where((uniform(bits, 0) < share) & (labels >= 0), other, labels)
 
 
 def count_of(size: float, images: int) -> int:

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from src.common.errors import UserError
-from src.data.image_data import EpochBatches, ImageData
+from src.data.image_data import ImageData
 
 
 def limited(limit: float | None, batches: int) -> int:
@@ -50,7 +50,7 @@ def check_keep_best(cfg: DictConfig, data: ImageData) -> None:
 
 def check_limits(cfg: DictConfig, data: ImageData, world_size: int = 1) -> None:
     """Raise `UserError` if a limit is a fraction of the batches that is less than one batch."""
-    training = len(EpochBatches(len(data.train_index), data.batch_size, seed=data.seed, world_size=world_size))
+    training = data.count_training_batches(world_size)
     validation, test = evaluation_batches(data, data.validates_on), evaluation_batches(data, "test")
     for name, batches in (("train", training), ("val", validation), ("test", test)):
         limit = cfg.trainer.get(f"limit_{name}_batches")

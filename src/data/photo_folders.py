@@ -49,18 +49,24 @@ class Listing(NamedTuple):
         return self._replace(classes=kept)
 
 
-def split_folders(root: Path, train: str | None, val: str | None, test: str | None) -> dict[str, Path]:
+def split_folders(
+    root: Path, train: str | None, val: str | None, test: str | None, *, needs_train: bool = True
+) -> dict[str, Path]:
     """Choose the folders of the splits `train`, `test` and, if there is one, `val`. Folders that are named are used.
 
     By default, test/ and val/ are the splits of their name. If only one of them has classes, it is the split `test`.
-    Raises `UserError` if a folder has no class folders, or if one folder is named for two splits.
+    Without `needs_train`, a missing train/ is left out. Raises `UserError` if a folder has no class folders, or if one
+    folder is named for two splits.
     """
+    is_left_out = not (needs_train or train or class_folders(root / "train"))
     train = train or "train"
     labelled = [name for name in ("val", "test") if _is_labelled(root / name, class_folders(root / train))]
     if val is None and test is None:
         test = "test" if "test" in labelled else "val"
         val = "val" if labelled == ["val", "test"] else None
     chosen = {"train": train, "test": test or "test", **({"val": val} if val else {})}
+    if is_left_out:
+        del chosen["train"]
     folders = {split: root / name for split, name in chosen.items()}
     if len({os.path.abspath(folder) for folder in folders.values()}) < len(folders):
         listed = ", ".join(f"{split}: {name}" for split, name in chosen.items())
@@ -132,6 +138,30 @@ def list_photos(folder: Path, root: Path) -> Listing:
     return listing
 
 
+def list_unlabelled(folder: Path, splits: Mapping[str, Path]) -> Listing:
+    """List the photos in a folder, at any depth, as those of one class without a name.
+
+    Raises `UserError` if there are none, or if the folder lies within the folder of a split, or the other way round.
+    """
+    own = folder.resolve()
+    for split in splits.values():
+        if own.is_relative_to(split.resolve()) or split.resolve().is_relative_to(own):
+            raise UserError(
+                f"data.unlabelled={folder} and {split} share photos, but they must not: choose a folder beside it."
+            )
+    listing = Listing(folder, os.path.join(folder, ""), {"": []}, [])
+    try:
+        _list_files(str(folder), len(listing.place), listing.classes[""], listing.skipped)
+    except OSError as error:
+        raise UserError(
+            f"data.unlabelled={folder} cannot be read ({error.strerror}): set it to a folder of photos, or to rest."
+        ) from None
+    if not listing.files:
+        raise UserError(f"There are no photos in data.unlabelled={folder} ({', '.join(sorted(SUFFIXES))}): add some.")
+    listing.classes[""].sort()
+    return listing
+
+
 def _list_files(folder: str, start: int, files: list[File], skipped: list[str]) -> None:
     if os.path.islink(folder) and Path(folder).parent.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"{folder} is a link to a folder that contains it: remove it.")
@@ -153,16 +183,16 @@ def _may_be_photo(entry: os.DirEntry[str]) -> bool:
 
 
 def check_classes(listings: Mapping[str, Listing]) -> None:
-    """Raise `UserError` if a class has no photos, or if a split has other classes than `train`."""
+    """Raise `UserError` if a class has no photos, or if the splits have different classes."""
     for listing in listings.values():
         if empty := [name for name, files in listing.classes.items() if not files]:
             raise UserError(
                 f"There are no photos in {listing.folder / empty[0]} ({', '.join(sorted(SUFFIXES))}): "
                 "add some, or remove the folder."
             )
-    train = listings["train"]
-    for other in listings.values():
-        for one, two in ((train, other), (other, train)):
+    first, *others = listings.values()
+    for other in others:
+        for one, two in ((first, other), (other, first)):
             if extra := sorted(one.classes.keys() - two.classes.keys()):
                 raise UserError(
                     f"{one.folder} has classes that {two.folder} lacks ({named(extra)}): both need the same class "

@@ -51,7 +51,8 @@ def _steps(first: float, last: float) -> list[float]:
 
 
 def _affine(image: Image.Image, shift: list[int], shear: list[float], centre: list[float] | None) -> Image.Image:
-    return F.affine(image, angle=0.0, translate=shift, scale=1.0, shear=shear, center=centre)
+    moved: Image.Image = F.affine(image, angle=0.0, translate=shift, scale=1.0, shear=shear, center=centre)
+    return moved
 
 
 def _shear(image: Image.Image, strength: int, sign: int, space: Space, axis: int) -> Image.Image:
@@ -68,7 +69,8 @@ def _shift(image: Image.Image, strength: int, sign: int, space: Space, axis: int
 
 
 def _rotate(image: Image.Image, strength: int, sign: int, space: Space) -> Image.Image:
-    return F.rotate(image, sign * _steps(0, space.rotation)[strength])
+    turned: Image.Image = F.rotate(image, sign * _steps(0, space.rotation)[strength])
+    return turned
 
 
 def _enhance(adjust: Callable[[Image.Image, float], Image.Image]) -> Operation:

@@ -16,7 +16,7 @@ class Source:
     """Labels and classes of a training split, a test split and, if the data has one, a validation split."""
 
     train_labels: Tensor
-    """[N] int64, classes of the training images."""
+    """[N] int64, classes of the training images. At the end are the images without a label, whose class is -1."""
     test_labels: Tensor
     """[M] int64, classes of the test images."""
     val_labels: Tensor | None = None

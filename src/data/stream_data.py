@@ -193,6 +193,8 @@ class StreamData(FolderData):
         # held-out photos are few, from many shards: downloading whole shards would not pay
         self.photos = {**shards, "held_out": replace(shards["train"], cache=None)}
         self.blocks = torch.from_numpy(shards["train"].shards.astype(np.int64))
+        if self.unlabelled_folder is not None:
+            raise UserError("data.unlabelled=FOLDER needs data=imagefolder: shards have labels only.")
         if "decoding" not in index:  # from a version that did not turn photos, so pixels may differ now
             self.files_digest = hashlib.sha256(f"{self.files_digest} {DECODING}".encode()).hexdigest()
         return Source(

@@ -26,7 +26,9 @@ class ViewReader(Reader):
     """[N] int64, by position in the whole training data."""
     augmentation: Augmentation
     partners: Tensor
-    """[P] int64, the positions of the images that others may be mixed with."""
+    """[P] int64, the positions of the images that images with a label may be mixed with."""
+    unlabelled_partners: Tensor
+    """[U] int64, the same for images without a label."""
     views_per_image: int
     seed: int
     fixed_views: int | None
@@ -65,10 +67,18 @@ class ViewReader(Reader):
 
     def _mixed(self, samples: Samples, bits: Sequence[Tensor], mixing: Mixing) -> Samples:
         """Mix each view with a view of another image. The labels are those of the first view."""
-        others = [self.partners[(uniform(each, PARTNER) * len(self.partners)).long()] for each in bits]
+        others = [self._partners(samples, each) for each in bits]
         mixed = []
         for view, (images, of_view, other) in enumerate(zip(samples.images, bits, others, strict=True)):
             (partners,) = self._augmented(other, [further_bits(of_view, PARTNER)], view)
             mixed.append(mixing(images, partners, of_view))
         views, shares = zip(*mixed, strict=True)
         return samples._replace(images=views, other_target=self.labels[others[0]], share=shares[0])
+
+    def _partners(self, samples: Samples, bits: Tensor) -> Tensor:
+        """Draw the position of another image of the same kind, with or without a label, for each image."""
+        draw, chosen = uniform(bits, PARTNER), torch.empty_like(samples.index)
+        for pool, of_kind in ((self.partners, samples.target >= 0), (self.unlabelled_partners, samples.target < 0)):
+            if len(pool):
+                chosen = torch.where(of_kind, pool[(draw * len(pool)).long()], chosen)
+        return chosen

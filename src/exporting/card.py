@@ -17,6 +17,9 @@ from src.runs.fingerprints import versions
 from src.runs.identity import run_path
 from src.setup.reopen import Opened, read_result, read_teacher
 
+REPORTED = ("test", "epochs", "train_images", "unlabelled_images")
+"""Keys of a run's result that are part of the metadata."""
+
 
 def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
     """Collect the metadata: the use of the student, its origin, and its accuracy."""
@@ -31,15 +34,12 @@ def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
         "std": list(distiller.settings.std),
         "data": {"name": run_cfg.data.name, "digest": data.source.digest[:16]},
         "versions": versions(),
-        **dict.fromkeys(
-            ("method", "serialization", "teacher", "initial_weights", "test", "seed", "epochs", "train_images")
-        ),
+        **dict.fromkeys(("method", "serialization", "teacher", "initial_weights", "seed", *REPORTED)),
     }
     if cfg.run is None:
         return {**facts, "source": Path(cfg.checkpoint).name}
     folder = Path(cfg.run).expanduser().resolve()
     result, teacher = read_result(cfg.run), read_teacher(folder)
-    reported = {"test", "epochs", "train_images"}
     return {
         **facts,
         "source": "/".join([*run_path(run_cfg, {}).parts[-4:-1], folder.name]),  # a moved run has another path
@@ -48,7 +48,7 @@ def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
         "teacher": teacher.model_dump(include={"name", "sha256", "accuracy"}) if teacher else None,
         "initial_weights": _initial_weights(result.settings if result else run_cfg),
         "seed": run_cfg.seed,
-        **(result.model_dump(include=reported, exclude_unset=True) if result else dict.fromkeys(reported)),
+        **(result.model_dump(include=set(REPORTED), exclude_unset=True) if result else dict.fromkeys(REPORTED)),
     }
 
 
@@ -107,6 +107,8 @@ def _origin_rows(metadata: Mapping[str, Any]) -> dict[str, str]:
         rows["trained by"] = plain("{method}, serialization {serialization}, seed {seed}".format(**metadata))
     if metadata["test"]:
         rows["trained by"] += ", {epochs} epochs of {train_images:,} images".format(**metadata)
+        if metadata["unlabelled_images"]:
+            rows["trained by"] += " with labels and {unlabelled_images:,} without".format(**metadata)
     if teacher := metadata["teacher"]:
         rows["teacher"] = (
             f"{plain(teacher['name'])}, top-1 {100 * teacher['accuracy']:.2f} %, sha256 {teacher['sha256']}"

@@ -118,7 +118,7 @@ def sample_test_images(data: ImageData, wanted: int) -> tuple[Tensor, Tensor]:
 
 def sample_training_images(data: ImageData, wanted: int) -> Tensor:
     """Choose training images uint8 [N, 3, H, W] as evaluation would see them."""
-    index = data.train_index[spread_out(len(data.train_index), wanted)]
+    index = data.trained_index[spread_out(len(data.trained_index), wanted)]
     batches = torch.arange(len(index)).split(BATCH)
     reader = data.reader("held_out", index)
     return torch.cat([reader[Share(0, rows.tolist())].images[0].contiguous() for rows in batches])

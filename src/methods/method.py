@@ -132,14 +132,16 @@ def _no_teacher() -> UserError:
 
 
 class Labels(NamedTuple):
-    """The labels of mixed images: a share of one class, and the rest of another."""
+    """The labels for cross-entropy, if some images have no label or if images are mixed."""
 
     target: Tensor
-    """[B] int64."""
-    other_target: Tensor
-    """[B] int64."""
-    share: Tensor
-    """[B], the share of `target`."""
+    """[B] int64, or -1 for images without a label."""
+    other_target: Tensor | None = None
+    """[B] int64, the classes of the images that the first view is mixed with, if it is mixed."""
+    share: Tensor | None = None
+    """[B], the share of `target` in the label of a mixed image. The rest belongs to `other_target`."""
+    labelled_share: float = 1.0
+    """The share of images with a label in each global batch."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class Batch:
     views: tuple[View, ...]
     target: Tensor
     """[B] int64, the class that distillation takes for the target: the labelled class, or the teacher's predicted class
-    if the views are mixed."""
+    for images without a label and for mixed images. Without a teacher, it is -1 for images without a label."""
     index: Tensor
     """[B] int64, the position of each image in the training data, from 0 to `Networks.train_size` - 1."""
     epoch: int
@@ -233,6 +235,8 @@ class Method(nn.Module):
     needs_labels = False
     """True if a term other than cross-entropy is only right for the labelled class of an unmixed image. The other terms
     take the class that the teacher predicts where there is no such label."""
+    distils = True
+    """False if all terms are cross-entropy, so that images without a label cannot take part."""
     reads_teacher = True
     """False if only the stages before the main one read the teacher. The main stage then does not run it."""
     needs_features = False
@@ -344,22 +348,28 @@ def cross_entropy(batch: Batch, logits: Tensor | None = None) -> Tensor:
     """Compute the cross-entropy of the labels on `logits` [B, C], by default the student's own.
 
     Smoothing s replaces each label by (1 - s) onehot(t) + s / C. Class weights multiply each image's loss. The label of
-    a mixed image is the mean of two labels, weighted by their shares. The result is the mean over the images.
+    a mixed image is the mean of two labels, weighted by their shares. The result is the mean over the images with a
+    label: over all devices if some images have none, because the devices may have different numbers of them.
     """
     logits = at_least_float32(batch.student.logits if logits is None else logits)
-    if batch.labels is None:
-        return _cross_entropy(batch, logits, batch.target)
-    target, other_target, share = batch.labels
-    return _cross_entropy(batch, logits, target, share) + _cross_entropy(batch, logits, other_target, 1 - share)
+    labels = batch.labels
+    if labels is None:
+        if batch.class_weights is None:
+            return F.cross_entropy(logits, batch.target, label_smoothing=batch.label_smoothing)
+        return _cross_entropies(batch, logits, batch.target).mean()
+    losses = _cross_entropies(batch, logits, labels.target)
+    if labels.other_target is not None and labels.share is not None:
+        others = _cross_entropies(batch, logits, labels.other_target)
+        losses = labels.share * losses + (1 - labels.share) * others
+    return losses.mean() / (labels.labelled_share or 1.0)
 
 
-def _cross_entropy(batch: Batch, logits: Tensor, target: Tensor, share: Tensor | None = None) -> Tensor:
-    if batch.class_weights is None and share is None:
-        return F.cross_entropy(logits, target, label_smoothing=batch.label_smoothing)
-    losses = F.cross_entropy(logits, target, reduction="none", label_smoothing=batch.label_smoothing)
-    if batch.class_weights is not None:
-        losses = batch.class_weights.index_select(0, target) * losses
-    return (losses if share is None else share * losses).mean()
+def _cross_entropies(batch: Batch, logits: Tensor, target: Tensor) -> Tensor:
+    """Compute the weighted cross-entropy of each image, [B]. It is 0 for images without a label."""
+    losses = F.cross_entropy(logits, target, reduction="none", ignore_index=-1, label_smoothing=batch.label_smoothing)
+    if batch.class_weights is None:
+        return losses
+    return batch.class_weights.index_select(0, target.clamp(min=0)) * losses
 
 
 def log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:

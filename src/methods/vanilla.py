@@ -9,6 +9,7 @@ class Vanilla(Method):
     """Cross-entropy on the labels."""
 
     needs_teacher = False
+    distils = False
 
     def weights(self, epoch: int) -> dict[str, float]:
         """Return the weight 1 of the only term."""

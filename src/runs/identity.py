@@ -39,6 +39,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     for role, network in decides["model"].items():
         if role in ("student", "teacher"):
             decides["model"][role] = _without_marked(network, NetworkOptions)
+    if decides["data"].get("unlabelled") not in (None, "rest"):  # the digest of the data tells folders apart
+        decides["data"]["unlabelled"] = "a folder"
     if decides["trainer"].get("sync_batchnorm"):  # with it, several devices compute the same as one device
         del decides["trainer"]["sync_batchnorm"]
     if not needs_teacher(cfg):
@@ -72,7 +74,7 @@ def _without_marked(options: Any, schema: type) -> Any:
     """
     if options is None:
         return None
-    defaults = OmegaConf.to_container(OmegaConf.structured(schema))
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(schema))
     added = {name for name in marked(schema, "added") if options.get(name) == defaults[name]}
     dropped = {*marked(schema, "no_effect"), *added}
     return {name: value for name, value in options.items() if name not in dropped}

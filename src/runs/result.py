@@ -98,6 +98,9 @@ class Result(Record):
     steps: int | None = None
     """Optimiser steps, if `trainer.max_steps` limited them."""
     train_images: int
+    """The training images with a label."""
+    unlabelled_images: int = 0
+    """The training images without a label."""
     train_duplicates: dict[str, int] | None = None
     """By split, the number of images that are training images too."""
     class_names: list[str]

@@ -54,14 +54,15 @@ def make_method(cfg: DictConfig) -> Method:
     return Combined(method, instantiate(cfg.also, "also")) if cfg.also else method
 
 
-def make_data(cfg: DictConfig, views_per_image: int = 1) -> ImageData:
-    """Make the data module and load it. `views_per_image` comes from the method."""
+def make_data(cfg: DictConfig, views_per_image: int = 1, reads_unlabelled: bool = True) -> ImageData:
+    """Make the data module and load it. The arguments come from the method: `views_per_image` and `distils`."""
     # A partial, because Hydra would convert the augmentation, which is a dataclass.
     make: Callable[..., ImageData] = hydra.utils.instantiate(cfg.data, _partial_=True)
     data = make(
         batch_size=cfg.schedule.batch_size,
         seed=cfg.seed,
         views_per_image=views_per_image,
+        reads_unlabelled=reads_unlabelled,
         augmentation=make_augmentation(cfg),
     )
     data.load()
@@ -103,6 +104,11 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
         raise UserError(
             f"method={method_name(cfg)} needs the label of each image, but augmentation={cfg.augmentation.name} mixes "
             "the labels: choose another augmentation."
+        )
+    if method.needs_labels and len(data.unlabelled_index):
+        raise UserError(
+            f"method={method_name(cfg)} needs the label of each image, but {len(data.unlabelled_index):,} training "
+            "images have none: choose another method, or set data.unlabelled_share=0 to leave them out."
         )
     if cfg.standardize_logits and not method.distils_logits:
         raise UserError(
@@ -227,6 +233,7 @@ def make_settings(cfg: DictConfig, data: ImageData, mean: Any, std: Any) -> Sett
         seed=cfg.seed,
         channels_last=cfg.channels_last,
         label_smoothing=cfg.label_smoothing,
+        labelled_share=data.labelled_share,
         class_weights=balanced_weights(data.trained_labels, data.num_classes) if cfg.class_weights else None,
         standardize_logits=cfg.standardize_logits,
         compiled=cfg.compile,

@@ -62,15 +62,19 @@ def trial_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
 
 
 def random_views(data: ImageData, images: int = IMAGES) -> Samples:
-    """Make a batch of random images with the labels of training images, in as many views as the method asks for."""
+    """Make a batch of random images with the labels of training images, in as many views as the method asks for.
+
+    If there are images without labels, every other image is one of them.
+    """
     generator = torch.Generator().manual_seed(0)
-    index = data.train_index[:images]
+    without = len(data.unlabelled_index[: images // 2])
+    index = torch.cat([data.train_index[: images - without], data.unlabelled_index[:without]])
     shape = (len(index), *data.image_shape)
     views = tuple(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(data.views_per_image)
     )
     numbers = tuple(torch.zeros_like(index) for _ in views)
-    samples = Samples(views, data.source.train_labels[index], index, numbers)
+    samples = Samples(views, data.train_labels[index], index, numbers)
     if data.augmentation.mixing is None:
         return samples
     return samples._replace(other_target=samples.target, share=torch.ones(len(index)))

@@ -238,7 +238,7 @@ def open_store(
         data.view_count(epochs),
         data.num_classes,
         dtype=teacher.answer_dtype,
-        expected_answers=(data.fixed_views or epochs * data.views_per_image) * len(data.train_index),
+        expected_answers=(data.fixed_views or epochs * data.views_per_image) * len(data.trained_index),
         gigabytes=cfg.teacher.view_store_gigabytes,
     )
     if device is None or not data.lies_on(device):

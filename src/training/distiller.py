@@ -58,6 +58,8 @@ class Settings:
     """As in `Batch`."""
     class_weights: tuple[float, ...] | None = None
     """As in `Batch`."""
+    labelled_share: float = 1.0
+    """As in `Labels`."""
     standardize_logits: bool = False
     """Standardize the logits of student and teacher before distillation compares them."""
     compiled: bool = False
@@ -163,7 +165,7 @@ class Distiller(L.LightningModule):
         pairs = zip(samples.images, samples.view_numbers, strict=True)
         observed = [self._observe_view(images, samples.index, numbers) for images, numbers in pairs]
         views = tuple(view for view, _ in observed)
-        target, labels = _targets(samples, views)
+        target, labels = _targets(samples, views, self.settings.labelled_share)
         batch = Batch(
             views,
             target,
@@ -273,10 +275,14 @@ class Distiller(L.LightningModule):
         self.log("accuracy", values[f"{split}/accuracy"], prog_bar=True, logger=False)
 
 
-def _targets(samples: Samples, views: tuple[View, ...]) -> tuple[Tensor, Labels | None]:
+def _targets(samples: Samples, views: tuple[View, ...], labelled_share: float) -> tuple[Tensor, Labels | None]:
     """Return the target class of distillation, and the labels of cross-entropy if they differ from it."""
-    if samples.other_target is None or samples.share is None:
+    is_mixed = samples.other_target is not None
+    if not is_mixed and labelled_share == 1:
         return samples.target, None
-    labels = Labels(samples.target, samples.other_target, samples.share)
+    labels = Labels(samples.target, samples.other_target, samples.share, labelled_share)
     teacher = views[0].teacher
-    return samples.target if teacher is None else teacher.logits.argmax(dim=1), labels
+    if teacher is None:
+        return samples.target, labels
+    predicted = teacher.logits.argmax(dim=1)
+    return predicted if is_mixed else torch.where(samples.target < 0, predicted, samples.target), labels

@@ -55,6 +55,7 @@ def summarise(
         epochs_wanted=cfg.trainer.max_epochs,
         steps=trained_steps(cfg, folder.path),
         train_images=len(data.train_index),
+        unlabelled_images=len(data.unlabelled_index),
         train_duplicates=data.train_duplicates,
         class_names=list(data.class_names),
         superclasses=data.superclasses,

@@ -60,6 +60,8 @@ INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
         ("label_smoothing", -0.1, "greater than or equal to 0"),
         ("class_weights", "even", "choose one of balanced"),
         ("data.fixed_views", 0, "greater than 0"),
+        ("data.unlabelled_share", 1.0, "less than 1"),
+        ("data.unlabelled_share", -0.1, "greater than or equal to 0"),
         ("augmentation.name", "a/b", "the name of a folder"),
         ("augmentation.policy_from_view", -1, "greater than or equal to 0"),
         ("data.wrong_labels", 1.0, "less than 1"),

@@ -78,7 +78,7 @@ def test_a_run_is_the_same_and_resumes_within_the_memory_of_a_device(tmp_path: P
 
 def test_the_images_are_copied_once(make_data: Make) -> None:
     data = loaded(make_data, True)
-    readers = [data.device_reader(split, None, CPU) for split in ("train", "held_out", "train")]
+    readers: list[Any] = [data.device_reader(split, None, CPU) for split in ("train", "held_out", "train")]
     assert readers[0].images is readers[1].images is readers[2].images
     assert data.train_dataloader().num_workers == 0
     assert not data.train_dataloader().pin_memory

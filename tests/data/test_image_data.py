@@ -150,7 +150,7 @@ def test_the_datas_own_validation_split_is_scored_after_each_epoch(make_data: Ma
     val_images = data.arrays.images("val")
     assert torch.equal(batch.images[0], val_images)
     assert batch.target.tolist() == own["test_labels"].tolist()
-    on_device = data.device_reader("val", None, torch.device("cpu"))
+    on_device: Any = data.device_reader("val", None, torch.device("cpu"))
     assert torch.equal(on_device.images, val_images)
     assert "7 validation images (val_images)" in data.notes()[0]
     assert data.train_duplicates == {"val": 0, "test": 0}

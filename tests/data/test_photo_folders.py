@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_splits_are_detected_or_named(
     tmp_path: Path, splits: tuple[str, ...], options: dict[str, str], chosen: dict[str, str]
 ) -> None:
     layout(tmp_path, *splits)
-    names = {"train": None, "val": None, "test": None, **options}
+    names: dict[str, Any] = {"train": None, "val": None, "test": None, **options}
     assert split_folders(tmp_path, **names) == {split: tmp_path / name for split, name in chosen.items()}
 
 

@@ -39,7 +39,7 @@ def test_operations_and_strengths_are_torchvisions(space: Space, theirs: v2.Tran
         magnitudes = strengths(BINS, picture.height, picture.width)
         for level in range(BINS):
             magnitude = 0.0 if magnitudes is None else float(magnitudes[level]) * (sign if is_signed else 1)
-            expected = theirs._apply_image_or_video_transform(  # type: ignore[operator]
+            expected = theirs._apply_image_or_video_transform(
                 picture, name, magnitude, interpolation=InterpolationMode.NEAREST, fill=theirs._fill
             )
             ours = operation(picture, level, sign, space)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -37,13 +38,16 @@ def write_arrays(file: Path, train: int = 44, test: int = 17) -> Path:
     return file
 
 
-def tiny_data(folder: Path, *, seed: int = 0, workers: int = 0, views: int = 1, batch_size: int = 8) -> ArrayData:
+def tiny_data(
+    folder: Path, *, seed: int = 0, workers: int = 0, views: int = 1, batch_size: int = 8, **options: Any
+) -> ArrayData:
     """Load the tiny arrays of a folder, 44 training and 17 test images. Writes them if they are missing."""
     file = folder / "tiny.npz"
     data = ArrayData(
         name="tiny", prepare=lambda root: write_arrays(root / "tiny.npz"), root=str(folder),
-        path=str(file) if file.is_file() else None, mean=MEAN, std=STD, padding=2, flip=True, train_size=None,
-        val_size=0, split_seed=0, workers=workers, batch_size=batch_size, seed=seed, views_per_image=views,
+        path=str(file) if file.is_file() else None, mean=MEAN, std=STD, padding=2, flip=True, split_seed=0,
+        workers=workers, batch_size=batch_size, seed=seed, views_per_image=views,
+        **{"train_size": None, "val_size": 0, **options},
     )  # fmt: skip
     data.load()
     return data
@@ -92,6 +96,7 @@ def tiny_distiller(
             validates_on="test",
             seed=seed,
             standardize_logits=standardize_logits,
+            labelled_share=data.labelled_share,
             compiled=compiled,
         ),
         teacher_predictions={"test": torch.zeros(17, dtype=torch.int64)} if teacher else {},

@@ -1,6 +1,7 @@
 """Training alone: cross-entropy on the student's own logits, and nothing else."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -56,17 +57,39 @@ def test_the_label_of_a_mixed_image_is_the_mean_of_two_labels(smoothing: float, 
         label_smoothing=smoothing,
         class_weights=class_weights,
     )
-    labels = sum(
-        of[:, None]
-        * weights[each][:, None]
-        * ((1 - smoothing) * torch.eye(10, dtype=torch.float64)[each] + smoothing / 10)
-        for each, of in ((target, share), (other, 1 - share))
-    )
+    smoothed = (1 - smoothing) * torch.eye(10, dtype=torch.float64) + smoothing / 10
+    one, two = ((of * weights[each])[:, None] * smoothed[each] for each, of in ((target, share), (other, 1 - share)))
+    labels = one + two
     log_p = torch.tensor([log_softmax(row, 1.0) for row in own.tolist()], dtype=torch.float64)
     term = Vanilla().all_terms(mixed, logits)["cross_entropy"]
     assert_same(term, -(labels * log_p).sum(dim=1).mean())
     (gradient,) = torch.autograd.grad(term, own)
     assert_same(gradient, (labels.sum(dim=1, keepdim=True) * log_p.exp() - labels) / BATCH)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.3}, {"class_weights": torch.linspace(0.5, 2.0, 10)}])
+def test_images_without_a_label_do_not_count(options: dict[str, Any]):
+    own, distilled, teacher, target = three_logits()
+    batch, logits = observed(distilled, teacher, target, own=own)
+    has_label = torch.arange(BATCH) % 2 == 0
+    labels = Labels(torch.where(has_label, target, -1), labelled_share=0.25)
+    whole = Vanilla().all_terms(dataclasses.replace(batch, labels=labels, **options), logits)["cross_entropy"]
+    (gradient,) = torch.autograd.grad(whole, own, retain_graph=True)
+    assert (gradient[~has_label] == 0).all()
+    part, logits_of_part = observed(distilled[::2], teacher[::2], target[::2], own=own[::2])
+    alone = Vanilla().all_terms(dataclasses.replace(part, **options), logits_of_part)["cross_entropy"]
+    # the share is that of the whole batch, of which this may be the part of one device
+    assert_same(whole, alone * has_label.double().mean() / 0.25)
+
+
+def test_a_batch_without_labels_has_no_cross_entropy():
+    own, distilled, teacher, target = three_logits()
+    batch, logits = observed(distilled, teacher, target, own=own)
+    labels = Labels(torch.full_like(target, -1), labelled_share=0.0)
+    term = Vanilla().all_terms(dataclasses.replace(batch, labels=labels), logits)["cross_entropy"]
+    (gradient,) = torch.autograd.grad(term, own)
+    assert term == 0
+    assert (gradient == 0).all()
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)

@@ -23,7 +23,7 @@ from src.config.schema import (
 )
 from src.runs.identity import identity, run_path
 from src.setup.networks import with_library_networks
-from tests.helpers.configure import configure
+from tests.helpers.configure import changed, configure
 
 
 def folder_of(*overrides: str) -> Path:
@@ -266,6 +266,17 @@ def test_a_renamed_copy_of_a_program_is_the_same_teacher(tmp_path: Path) -> None
         return run_path(with_library_networks(cfg))
 
     assert folder("a.pt", "one") == folder("b.pt", "one") != folder("c.pt", "two")
+
+
+def test_a_folder_without_labels_counts_by_its_content(tmp_path: Path) -> None:
+    """Its content is part of the data's digest, which a run compares by itself."""
+    whole, rest, one, other = (
+        identity(changed(configure(), data__unlabelled=value)) for value in (None, "rest", "a/b", str(tmp_path))
+    )
+    assert "unlabelled" not in whole["data"]
+    assert rest["data"]["unlabelled"] == "rest"
+    assert one == other
+    assert one not in (whole, rest)
 
 
 def test_a_class_map_that_is_not_given_keeps_the_identity_of_earlier_runs() -> None:

@@ -111,6 +111,21 @@ def test_a_method_that_needs_labels_refuses_mixed_images(
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize("method", ["crd", "tfkd"])
+def test_a_method_that_needs_labels_refuses_images_without(tmp_path: Path, method: str) -> None:
+    options = ("model=resnet20_to_resnet8", "data=arrays", "data.train_size=12", "data.unlabelled=rest")
+    cfg = changed(configure(f"method={method}", *options), data__path=str(write_arrays(tmp_path / "tiny.npz")))
+    made = make_method(cfg)
+    data = make_data(cfg)
+    sentence = (
+        f"method={method} needs the label of each image, but {len(data.unlabelled_index)} training images have none: "
+        "choose another method, or set data.unlabelled_share=0 to leave them out."
+    )
+    with pytest.raises(UserError) as caught:
+        make_parts(cfg, data, made)
+    assert str(caught.value) == sentence
+
+
 def test_standardized_logits_require_a_logit_term() -> None:
     with pytest.raises(
         UserError, match=r"method=at has no logit term on which standardize_logits=true could act: set it to false"

@@ -120,15 +120,30 @@ def test_the_target_of_mixed_views_is_the_class_that_the_teacher_predicts(data: 
     predicted = teacher.logits(samples.images[0]).argmax(dim=1)
     assert not torch.equal(predicted, samples.target)
     assert torch.equal(batch.target, predicted)
-    assert batch.labels is not None
-    assert torch.equal(batch.labels.target, samples.target)
-    assert torch.equal(batch.labels.other_target, samples.target.flip(0))
-    assert torch.equal(batch.labels.share, torch.linspace(0, 1, 8))
+    labels: Any = batch.labels
+    assert torch.equal(labels.target, samples.target)
+    assert torch.equal(labels.other_target, samples.target.flip(0))
+    assert torch.equal(labels.share, torch.linspace(0, 1, 8))
     alone, _ = tiny_distiller(data, Vanilla()).observe(mixed)
     assert torch.equal(alone.target, samples.target)
     plain, _ = tiny_distiller(data, kd(), teacher=teacher).observe(samples)
     assert torch.equal(plain.target, samples.target)
     assert plain.labels is None
+
+
+def test_the_target_of_an_image_without_a_label_is_the_class_that_the_teacher_predicts(tmp_path: Path) -> None:
+    data = tiny_data(tmp_path, train_size=12, unlabelled="rest")
+    samples = first_batch(data)
+    samples = samples._replace(target=torch.where(torch.arange(8) % 2 == 0, samples.target, -1))
+    teacher = tiny_teacher()
+    batch, _ = tiny_distiller(data, kd(), teacher=teacher).observe(samples)
+    predicted = teacher.logits(samples.images[0]).argmax(dim=1)
+    assert torch.equal(batch.target, torch.where(samples.target >= 0, samples.target, predicted))
+    labels: Any = batch.labels
+    assert torch.equal(labels.target, samples.target)
+    assert labels.labelled_share == data.labelled_share < 1
+    alone, _ = tiny_distiller(data, Vanilla()).observe(samples)
+    assert torch.equal(alone.target, samples.target)
 
 
 # Training
