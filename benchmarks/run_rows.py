@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ from src.setup.assemble import make_data
 from src.setup.networks import make_network
 from src.train import train
 
+Value = TypeVar("Value")
 PAIRS = {"wrn40_2_to_wrn16_2": 0.7, "resnet32x4_to_resnet8x4": 0.55}
 """The target time of a sweep with the view store, as a share of its time without the store."""
 METHODS = ("kd", "dkd", "aekt", "nkd", "dist")
@@ -118,19 +119,27 @@ def memory(place: Place) -> Iterator[Row]:
 
 def _peak_of_next_run(place: Place, model: str, stored: bool, seeds: Iterator[int]) -> float:
     """Train with the next seed in a new process. Returns the process's peak anonymous memory in bytes."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak_of_run, place, model, stored, next(seeds)).result()
+    return _in_new_process(partial(_peak_of_run, place, model, stored, next(seeds)), place.options.threads)
+
+
+def _in_new_process(measure: Callable[[], Value], threads: int) -> Value:
+    """Call `measure` in a new process, in which torch uses so many threads."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _set_up, (threads,)) as pool:
+        return pool.submit(measure).result()
+
+
+def _set_up(threads: int) -> None:
+    silence()
+    torch.set_num_threads(threads)
 
 
 def _peak_of_run(place: Place, model: str, stored: bool, seed: int) -> float:
-    silence()
-    torch.set_num_threads(place.options.threads)
     runs = f"memory-{stored}-{seed}"
     return anonymous_peak(lambda: time_run(place, runs, "aekt", model, seed, stored=stored, epochs=1))
 
 
 class Usage(NamedTuple):
-    """What the steps of one process used."""
+    """Time and memory of a training step, measured in a process of its own."""
 
     seconds: float
     """Processor time of a step."""
@@ -163,14 +172,12 @@ def allocator(place: Place) -> Iterator[Row]:
 
 def _keep_usage(place: Place, model: str, name: str, found: list[Usage]) -> float:
     """Measure in a new process, because the setting cannot be undone."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found.append(pool.submit(_usage_of_steps, place, model, name == "kept").result())
+    measure = partial(_usage_of_steps, place, model, name == "kept")
+    found.append(_in_new_process(measure, place.options.threads))
     return found[-1].seconds
 
 
 def _usage_of_steps(place: Place, model: str, kept: bool) -> Usage:
-    silence()
-    torch.set_num_threads(place.options.threads)
     if kept:
         keep_freed_memory()
     steps = make_step_timer(place, make_trial(place, "vanilla", model, BATCH_SIZE))

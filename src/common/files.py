@@ -7,12 +7,12 @@ import os
 import secrets
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from src.common.errors import UserError
 
@@ -160,12 +160,31 @@ def _packed_file(path: Path) -> str | None:
     return None
 
 
-@contextmanager
-def one_process_at_a_time(file: Path) -> Iterator[None]:
-    """Hold the lock of a file that several processes or nodes may want to make.
+def lock_file(path: Path) -> Path:
+    """Return the path of the lock of a file or folder, which lies beside it.
 
-    Other processes wait for the lock. Check inside the block whether one of them has made the file.
+    >>> lock_file(Path("runs/none-seed0")).name
+    '.none-seed0.lock'
+    """
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def one_process_at_a_time(file: Path, on_busy: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock of a file or folder that several processes or nodes may want to make.
+
+    Another process calls `on_busy`, which may raise an exception, and then waits for the lock. Check inside the block
+    whether a process has made the file meanwhile.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
+    lock = FileLock(lock_file(file))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if on_busy is not None:
+            on_busy()
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

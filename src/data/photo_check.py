@@ -8,17 +8,16 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
 from rich.progress import track
 
 from src.common.errors import UserError
-from src.common.files import write_text
+from src.common.files import one_process_at_a_time, write_text
 from src.data.photo_folders import Listing, named
 from src.data.photos import FORMATS, Photo, damage
 
@@ -46,10 +45,10 @@ class Checked(NamedTuple):
 
 
 class Inspected(NamedTuple):
-    """What decoding has shown of one photo."""
+    """The result of decoding one photo."""
 
     reason: str | None
-    """What is wrong with it."""
+    """Why it cannot be read. None: it can."""
     is_adjusted: bool = False
     checksum: int | None = None
     """Only of an uncompressed photo."""
@@ -66,7 +65,7 @@ def check_photos(root: Path, listings: Mapping[str, Listing], workers: int, cach
         return found
     with ExitStack() as lock:
         with suppress(OSError):  # the folder cannot be written: check without it
-            lock.enter_context(_locked(kept))
+            lock.enter_context(one_process_at_a_time(kept, _report_wait))
         if found := _load(kept):  # another command has checked them meanwhile
             return found
         files = {
@@ -81,6 +80,10 @@ def check_photos(root: Path, listings: Mapping[str, Listing], workers: int, cach
         return found
 
 
+def _report_wait() -> None:
+    log.info("Waiting for another command that checks these photos.")
+
+
 def _key(listings: Mapping[str, Listing]) -> str:
     facts = [[listing.place, listing.classes, *_own_folder(listing)] for listing in listings.values()]
     return hashlib.sha256(repr([VERSION, facts]).encode()).hexdigest()
@@ -90,22 +93,6 @@ def _own_folder(listing: Listing) -> list[str]:
     """Return the folder if it has uncompressed photos. Those of an unpacked archive may all have the same time."""
     has_uncompressed = any(file.name.lower().endswith(UNCOMPRESSED) for file in listing.files)
     return [str(listing.folder.resolve())] if has_uncompressed else []
-
-
-@contextmanager
-def _locked(kept: Path) -> Iterator[None]:
-    """Hold the lock of the result, and say so if another command holds it."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(kept.with_name(f".{kept.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("Waiting for another command that checks these photos.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _load(file: Path) -> Checked | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from src.common.errors import UserError
+from src.common.files import lock_file, one_process_at_a_time
 
 log = logging.getLogger(__name__)
 
@@ -16,36 +17,22 @@ class BusyError(UserError):
     """Another command trains in the same folder."""
 
 
-def lock_file(folder: Path) -> Path:
-    """Return the path of a run folder's lock, which lies beside the folder.
-
-    >>> lock_file(Path("runs/none-seed0")).name
-    '.none-seed0.lock'
-    """
-    return folder.with_name(f".{folder.name}.lock")
-
-
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[None]:
     """Lock a run folder. The system releases the lock when the process ends, even if it is killed.
 
     Raises `BusyError` if another process holds the lock. With `wait`, waits until it is released instead.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_file(folder))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+
+    def report() -> None:
         if not wait:
             raise BusyError(
                 f"{folder} is being trained by another command: wait for it, or choose another folder with runs=..."
             ) from None
         log.info("Waiting for another command that trains %s.", folder)
-        lock.acquire()
-    try:
+
+    with one_process_at_a_time(folder, report):
         yield
-    finally:
-        lock.release()
 
 
 def is_locked(folder: Path) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from src.common.errors import UserError
+from src.common.files import one_process_at_a_time
 from src.data import photo_check
 from src.data.photo_folders import File, Listing, listing_digest, relative
 from src.data.sharding import write_shards
@@ -222,7 +223,7 @@ def test_a_command_says_that_it_waits_for_the_check_of_another_one(
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with photo_check._locked(kept):
+        with one_process_at_a_time(kept):
             held.set()
             release.wait()
 
@@ -246,5 +247,5 @@ def test_photos_that_are_checked_already_are_not_listed_again(
     """Paths of a million photos take seconds, and neither they nor the lock are needed."""
     load(folder, cache=tmp_path)
     monkeypatch.setattr(photo_check, "_check", None)
-    monkeypatch.setattr(photo_check, "_locked", None)
+    monkeypatch.setattr(photo_check, "one_process_at_a_time", None)
     load(folder, cache=tmp_path)

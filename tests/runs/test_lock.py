@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from src.common.errors import UserError
-from src.runs.lock import BusyError, is_locked, lock_file, locked
+from src.common.files import lock_file
+from src.runs.lock import BusyError, is_locked, locked
 from tests.helpers.interruption import context
 
 
