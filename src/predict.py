@@ -1,19 +1,22 @@
 """`python -m src.predict student.onnx image.png ...`: classify pictures with an exported student.
 
-This file needs only onnxruntime, numpy and Pillow, and imports nothing of this project: copy it to the machine
-that uses the student. Input size, normalisation and class names are read from the student's file.
+This file needs only numpy, Pillow, and the runtime of the student's file: onnxruntime for .onnx, executorch for .pte.
+It imports nothing of this project: copy it to the machine that uses the student. Input size, normalisation and class
+names are read from the student's file.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from PIL import Image
 
 # Formats, tags and `turn` .. `value_range` are copies from `src/data/photos.py`: both must read a picture alike.
@@ -55,7 +58,8 @@ class RefusedError(Exception):
 class ExportedStudent(NamedTuple):
     """An exported student, ready to classify pictures."""
 
-    session: onnxruntime.InferenceSession
+    run: Callable[[np.ndarray], np.ndarray]
+    """Maps pixels uint8 [1, 3, H, W] to logits [1, C]."""
     class_names: list[str]
     image_size: tuple[int, int]
     """Height and width of the network's input."""
@@ -74,10 +78,10 @@ class ExportedStudent(NamedTuple):
         """
         pixels = np.asarray(central_crop(image, self.resize, self.image_size))
         try:
-            (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: pixels.transpose(2, 0, 1)[None]})
+            logits = self.run(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))
         except Exception as error:  # onnxruntime has a class of its own for each kind of failure
             reason = printable(str(error))[:300]
-            raise RefusedError(f"onnxruntime cannot run the network ({reason}): export it again.") from None
+            raise RefusedError(f"The runtime cannot run the network ({reason}): export it again.") from None
         if logits.shape != (1, len(self.class_names)) or not np.isfinite(logits).all():
             raise RefusedError("The network does not return one finite number for each class: export it again.")
         shifted = np.exp(logits[0].astype(np.float64) - logits.max())
@@ -85,22 +89,34 @@ class ExportedStudent(NamedTuple):
         return probabilities
 
 
-def load(file: Path) -> ExportedStudent:
-    """Load the student in an .onnx file. Only the file's graph is executed.
+class OpenedFile(NamedTuple):
+    """A student's file in its runtime."""
 
-    Raises `RefusedError` if onnxruntime cannot load the file, or if its metadata is missing or invalid.
+    run: Callable[[np.ndarray], np.ndarray]
+    metadata: Mapping[str, str]
+    signature: list[tuple[str, list[int]]]
+    """Type and shape of the inputs and outputs, without the batch size."""
+
+
+def load(file: Path) -> ExportedStudent:
+    """Load the student in an .onnx or .pte file. Only the file's graph is executed.
+
+    Raises `RefusedError` if the runtime is missing or cannot load the file, or if its metadata is missing or invalid.
     """
     if not file.is_file():
-        raise RefusedError(f"{file} is not a file: give an .onnx file that src.export wrote.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+        raise RefusedError(f"{file} is not a file: give an .onnx or .pte file that src.export wrote.")
+    runtime, open_file = ("executorch", _open_pte) if file.suffix == ".pte" else ("onnxruntime", _open_onnx)
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        importlib.import_module(runtime)
+    except ImportError:
+        raise RefusedError(f"{runtime} is not installed: pip install {runtime}.") from None
+    try:
+        opened = open_file(file)
     except Exception as error:  # onnxruntime has a class of its own for each kind of damage
         reason = printable(str(error))[:300]
-        raise RefusedError(f"onnxruntime cannot load {file} ({reason}): export it again.") from None
+        raise RefusedError(f"{runtime} cannot load {file} ({reason}): export it again.") from None
     try:
-        return _read_metadata(session)
+        return _read_metadata(opened)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {printable(str(error))[:200]}"
         raise RefusedError(
@@ -108,13 +124,40 @@ def load(file: Path) -> ExportedStudent:
         ) from None
 
 
-def _read_metadata(session: onnxruntime.InferenceSession) -> ExportedStudent:
+def _open_onnx(file: Path) -> OpenedFile:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    signature = [(node.type.removeprefix("tensor"), node.shape[1:]) for node in (*inputs, *outputs)]
+    metadata = session.get_modelmeta().custom_metadata_map
+    return OpenedFile(lambda pixels: session.run(None, {inputs[0].name: pixels})[0], metadata, signature)
+
+
+def _open_pte(file: Path) -> OpenedFile:
+    with contextlib.redirect_stderr(io.StringIO()):  # the runtime writes about the processor
+        import torch
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(file)
+        forward = program.load_method("forward")
+        metadata = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"forward"}}
+    shapes = forward.metadata
+    types = {0: "(uint8)", 6: "(float)"}  # torch's numbers of its types
+    nodes = [shapes.input_tensor_meta(0), shapes.output_tensor_meta(0)]
+    signature = [(types.get(node.dtype(), ""), list(node.sizes()[1:])) for node in nodes]
+    return OpenedFile(lambda pixels: forward.execute([torch.from_numpy(pixels)])[0].numpy(), metadata, signature)
+
+
+def _read_metadata(opened: OpenedFile) -> ExportedStudent:
     """Read how the student is used.
 
     Raises `KeyError`, `TypeError`, `ValueError` or `RecursionError` if the metadata is missing, is garbled, or does not
     fit the graph.
     """
-    metadata = session.get_modelmeta().custom_metadata_map
+    metadata = opened.metadata
     names = json.loads(metadata["class_names"])
     size, resize = (_parse_size(json.loads(metadata[key])) for key in ("image_size", "resize"))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -123,11 +166,12 @@ def _read_metadata(session: onnxruntime.InferenceSession) -> ExportedStudent:
         raise ValueError("the network does not normalise the pixels itself")
     if any(cut > whole for cut, whole in zip(size, resize, strict=True)):
         raise ValueError("image_size is larger than resize")
-    found = [(node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
-    expected = [("tensor(uint8)", [3, *size]), ("tensor(float)", [len(names)])]
-    if found != expected:
-        raise ValueError(f"the network's inputs and outputs are {found}, but the metadata describes {expected}")
-    return ExportedStudent(session, [printable(name) for name in names], size, resize)
+    expected = [("(uint8)", [3, *size]), ("(float)", [len(names)])]
+    if opened.signature != expected:
+        raise ValueError(
+            f"the network's inputs and outputs are {opened.signature}, but the metadata describes {expected}"
+        )
+    return ExportedStudent(opened.run, [printable(name) for name in names], size, resize)
 
 
 def _parse_size(value: Any) -> tuple[int, int]:
@@ -245,7 +289,7 @@ def central_crop(image: Image.Image, resize: tuple[int, int], size: tuple[int, i
 def main(arguments: list[str] | None = None) -> int:
     """Print the most likely classes of each picture. Returns exit code 1 if a file could not be used, else 0."""
     parser = argparse.ArgumentParser(prog="python -m src.predict", description=__doc__, allow_abbrev=False)
-    parser.add_argument("student", type=Path, help="an .onnx file that src.export wrote")
+    parser.add_argument("student", type=Path, help="an .onnx or .pte file that src.export wrote")
     parser.add_argument("images", type=Path, nargs="+", help="pictures: " + ", ".join(FORMATS))
     parser.add_argument("--top", type=int, default=5, help="how many classes to print (default: 5)")
     given = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from src import predict
 from src.data import photos
 from src.exporting.forms import Classifier, Form, write_form
 from src.models.resnet import resnet8
@@ -24,8 +25,6 @@ from tests.helpers.photo_folders import encoded, files, picture
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-
-from src import predict  # noqa: E402  (needs onnxruntime)
 
 NAMES = ["ant", "bee", "c\x1b[31mat", "dog"]
 METADATA: dict[str, Any] = {"class_names": NAMES, "image_size": [16, 16], "resize": [20, 20], "normalisation": "inside"}
@@ -57,7 +56,7 @@ def test_it_imports_only_the_runtime() -> None:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     others = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert others == {"numpy", "onnxruntime", "PIL"}
+    assert others == {"numpy", "onnxruntime", "PIL", "torch", "executorch.runtime"}
 
 
 def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Path) -> None:
@@ -81,6 +80,38 @@ def test_it_runs_without_anything_else(student: Path, image: Path, tmp_path: Pat
     assert [line.split("%  ")[1] for line in lines] == shown
     assert [float(line.split("%")[0]) for line in lines] == pytest.approx(
         [round(100 * float(value), 2) for value in expected.sort(descending=True).values[:2]], abs=0.011
+    )
+
+
+@pytest.mark.slow
+def test_an_executorch_file_gives_the_probabilities_of_the_onnx_file(
+    student: Path, image: Path, tmp_path: Path
+) -> None:
+    """In a process in which onnxruntime cannot be imported."""
+    pytest.importorskip("executorch")
+    file, pixels = tmp_path / "student.pte", torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    write_form(small_student(), file, Form("executorch", "float32"), pixels, METADATA)
+    outputs = []
+    for exported, blocked in ((student, "executorch"), (file, "onnxruntime")):
+        code = (
+            f"import sys, runpy; sys.modules.update({{'src': None, {blocked!r}: None}}); "
+            f"runpy.run_path({str(SOURCE / 'predict.py')!r}, run_name='__main__')"
+        )
+        command: list[str | Path] = [sys.executable, "-c", code, exported, image]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        outputs.append(ran.stdout)
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0].splitlines()) == 5
+
+
+def test_a_missing_runtime_is_named(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    (tmp_path / "student.pte").write_bytes(b"")
+    assert refused(tmp_path / "student.pte", image, capsys) == (
+        "error: executorch is not installed: pip install executorch."
     )
 
 

@@ -16,6 +16,9 @@ from src.exporting.forms import RUNTIMES, Form
 from src.runs.fingerprints import versions
 from src.setup.reopen import Opened, read_result, read_teacher
 
+PREDICTED = ("onnx", "executorch")
+"""The formats that `python -m src.predict` reads."""
+
 
 def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
     """Collect the metadata: the use of the student, its origin, and its accuracy."""
@@ -52,7 +55,7 @@ def model_card(file: Path, form: Form, metadata: Mapping[str, Any], check: Check
     """Write the model card, in Markdown."""
     rows = {**_use_rows(file, form, metadata), **_accuracy_rows(form, metadata, check), **_origin_rows(metadata)}
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    use = f"\n## Use\n\n    python -m src.predict {file.name} image.png\n" if form.format == "onnx" else ""
+    use = f"\n## Use\n\n    python -m src.predict {file.name} image.png\n" if form.format in PREDICTED else ""
     title = f"# {plain(metadata['network'])} for {plain(metadata['data']['name'])}\n\n"
     names = plain(", ".join(metadata["class_names"]))
     return f"{title}| | |\n|---|---|\n" + "\n".join(lines) + f"\n{use}\n## Classes\n\n{names}\n"
@@ -63,15 +66,16 @@ def _use_rows(file: Path, form: Form, metadata: Mapping[str, Any]) -> dict[str, 
     resize_height, resize_width = metadata["resize"]
     numbers = f"mean {metadata['mean']}, std {metadata['std']} of pixels between 0 and 1"
     weights_alone = form.format == "safetensors"
+    batch, note = ("1", "one image per call") if form.format == "executorch" else ("batch", "any batch size")
     pixels = f"float, normalised by {numbers}" if weights_alone else f"uint8, 0 to 255, normalised inside by {numbers}"
     return {
         "file": f"`{file.name}`: {form.format}, {form.precision}, {file.stat().st_size:,} bytes, sha256 "
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}",
         "network": plain(metadata["network"]) + (" (weights alone, named as in this project)" if weights_alone else ""),
-        "input": f"`images` [batch, 3, {height}, {width}], any batch size, RGB, {pixels}",
+        "input": f"`images` [{batch}, 3, {height}, {width}], {note}, RGB, {pixels}",
         "pictures": f"resized to cover {resize_width} x {resize_height} pixels, then cropped to the central {width} x "
         f"{height}",
-        "output": f"`logits` [batch, {len(metadata['class_names'])}], before softmax",
+        "output": f"`logits` [{batch}, {len(metadata['class_names'])}], before softmax",
     }
 
 

@@ -16,10 +16,23 @@ from torch import Tensor, nn
 
 from src.common.errors import UserError
 from src.data.views import normalise
+from src.exporting import on_device
 from src.training.distiller import Distiller
 
-SUFFIXES = {"onnx": ".onnx", "exported_program": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}
-RUNTIMES = {"onnx": "onnxruntime", "exported_program": "torch", "torchscript": "torch", "safetensors": "safetensors"}
+SUFFIXES = {
+    "onnx": ".onnx",
+    "executorch": ".pte",
+    "exported_program": ".pt2",
+    "torchscript": ".pt",
+    "safetensors": ".safetensors",
+}
+RUNTIMES = {
+    "onnx": "onnxruntime",
+    "executorch": "executorch",
+    "exported_program": "torch",
+    "torchscript": "torch",
+    "safetensors": "safetensors",
+}
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.float32}
 """The dtype in which the written network computes. An int8 file is made from a float32 file."""
 METADATA_FILE = "metadata.json"
@@ -49,8 +62,10 @@ class Form(NamedTuple):
             raise UserError(f"format={format} is unknown: choose one of {', '.join(SUFFIXES)}.")
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision} is unknown: choose one of {', '.join(PRECISIONS)}.")
-        if (precision == "int8") > (format == "onnx"):
-            raise UserError(f"format={format} does not support precision=int8: use format=onnx.")
+        if precision == "int8" and format not in ("onnx", "executorch"):
+            raise UserError(f"format={format} does not support precision=int8: use format=onnx or executorch.")
+        if format == "executorch" and precision not in ("float32", "int8"):
+            raise UserError(f"format=executorch does not support precision={precision}: use float32 or int8.")
         if (format, precision) == ("onnx", "bfloat16"):
             raise UserError("onnxruntime does not compute in bfloat16 on a CPU: use precision=float16 or int8.")
         return cls(format, precision)
@@ -87,18 +102,19 @@ def make_classifier(distiller: Distiller) -> Classifier:
     return Classifier(predictor, distiller.settings.mean, distiller.settings.std)
 
 
-def import_extra(package: str) -> Any:
-    """Import a package of the extra `export`. Raises `UserError` if it is missing."""
+def import_extra(package: str, extra: str = "export") -> Any:
+    """Import a package of an extra of pyproject.toml. Raises `UserError` if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{package.partition('.')[0]} is not installed: pip install -e '.[export]'.") from error
+        raise UserError(f"{package.partition('.')[0]} is not installed: pip install -e '.[{extra}]'.") from error
 
 
 def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, metadata: Mapping[str, Any]) -> None:
     """Write a module that maps uint8 images like `example` [B, 3, H, W] to logits, for any batch size.
 
-    For int8, `example` calibrates the quantisation. `metadata` is stored in the file, each value as JSON.
+    An ExecuTorch file has a batch size of 1. For int8, `example` calibrates the quantisation. `metadata` is stored in
+    the file, each value as JSON.
     """
     encoded = {key: json.dumps(value) for key, value in metadata.items()}
     two = example[:1].expand(2, -1, -1, -1).contiguous()  # torch.export would treat a batch size of 1 as a constant
@@ -109,6 +125,10 @@ def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, meta
             _quantise(float_file, prepared, file, example)
     elif form.format == "onnx":
         _write_onnx(network, file, two, encoded)
+    elif form.format == "executorch":
+        import_extra("executorch", "executorch")
+        module = on_device.quantise(network, example) if form.precision == "int8" else network
+        on_device.write_program(module, file, example, encoded)
     elif form.format == "exported_program":
         torch.export.save(_export(network, two), file, extra_files={METADATA_FILE: json.dumps(encoded)})
     elif form.format == "torchscript":
@@ -172,10 +192,13 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 def load_form(file: Path, form: Form, network: nn.Module, threads: int = 1) -> Predictor:
     """Load an exported file in its own runtime. Weights alone are loaded into a copy of `network`.
 
-    Raises `UserError` if the runtime is not installed, or if onnxruntime cannot load the file.
+    Raises `UserError` if the runtime is not installed, or if onnxruntime or executorch cannot load the file.
     """
     if form.format == "onnx":
         return _load_onnx(file, threads)
+    if form.format == "executorch":
+        import_extra("executorch", "executorch")
+        return on_device.load_program(file, threads)
     program: Any
     if form.format == "exported_program":
         program = torch.export.load(file).module()
