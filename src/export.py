@@ -17,7 +17,7 @@ from src.exporting.checking import (
     sample_test_images,
     sample_training_images,
 )
-from src.exporting.forms import RUNTIMES, Form, make_classifier
+from src.exporting.forms import RUNTIMES, Form, make_classifier, require_runtime
 from src.setup.reopen import open_run_or_checkpoint
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def output_file(cfg: DictConfig, form: Form) -> Path:
 def main(cfg: DictConfig) -> None:
     """Write the file and its model card, and report how the file compares with the student."""
     form = Form.parse(cfg.format, cfg.precision)
+    require_runtime(form)
     validate(cfg)
     opened = open_run_or_checkpoint(cfg)
     file = output_file(cfg, form)

@@ -110,6 +110,11 @@ def import_extra(package: str, extra: str = "export") -> Any:
         raise UserError(f"{package.partition('.')[0]} is not installed: pip install -e '.[{extra}]'.") from error
 
 
+def require_runtime(form: Form) -> None:
+    """Import the package that runs a form. Raises `UserError` if it is missing."""
+    import_extra(RUNTIMES[form.format], "executorch" if form.format == "executorch" else "export")
+
+
 def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, metadata: Mapping[str, Any]) -> None:
     """Write a module that maps uint8 images like `example` [B, 3, H, W] to logits, for any batch size.
 
@@ -126,7 +131,7 @@ def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, meta
     elif form.format == "onnx":
         _write_onnx(network, file, two, encoded)
     elif form.format == "executorch":
-        import_extra("executorch", "executorch")
+        require_runtime(form)
         module = on_device.quantise(network, example) if form.precision == "int8" else network
         on_device.write_program(module, file, example, encoded)
     elif form.format == "exported_program":
@@ -197,7 +202,7 @@ def load_form(file: Path, form: Form, network: nn.Module, threads: int = 1) -> P
     if form.format == "onnx":
         return _load_onnx(file, threads)
     if form.format == "executorch":
-        import_extra("executorch", "executorch")
+        require_runtime(form)
         return on_device.load_program(file, threads)
     program: Any
     if form.format == "exported_program":
