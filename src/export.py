@@ -18,7 +18,7 @@ from src.exporting.checking import (
     sample_test_images,
     sample_training_images,
 )
-from src.exporting.forms import RUNTIMES, Form, make_classifier
+from src.exporting.forms import RUNTIMES, Form, make_classifier, require_runtime
 from src.exporting.hub import export_folder, refuse_unfit
 from src.setup.reopen import open_run_or_checkpoint, read_result
 
@@ -45,6 +45,7 @@ def output_file(cfg: DictConfig, form: Form) -> Path:
 def main(cfg: DictConfig) -> None:
     """Write the file and its model card, and report how the file compares with the student."""
     form = Form.parse(cfg.format, cfg.precision)
+    require_runtime(form)
     validate(cfg)
     opened = open_run_or_checkpoint(cfg)
     if form.format == "hub":

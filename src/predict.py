@@ -1,11 +1,15 @@
 """`python -m src.predict student.onnx image.png ...`: classify pictures with an exported student.
 
-For an .onnx file, this file needs only onnxruntime, numpy and Pillow, and imports nothing of this project: copy it to
-the machine that uses the student. A folder that src.export wrote with format=hub needs this project and its extra
-`hub`. Input size, normalisation and class names are read from the file or the folder.
+For an .onnx or a .pte file, this file needs only numpy, Pillow, and the runtime: onnxruntime or executorch. It imports
+nothing of this project then: copy it to the machine that uses the student. A folder that src.export wrote with
+format=hub needs this project and its extra `hub`. Input size, normalisation and class names are read from the file or
+the folder.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
 import sys
 import warnings
@@ -86,16 +90,29 @@ class ExportedStudent(NamedTuple):
         return probabilities
 
 
-def load(path: Path) -> ExportedStudent:
-    """Load the student in an .onnx file or in a folder for the Hugging Face Hub. No other code in them is executed.
+class OpenedFile(NamedTuple):
+    """A student's file in its runtime."""
 
-    Raises `RefusedError` if a package is missing, or if the file or the folder is damaged or invalid.
+    logits: Callable[[np.ndarray], np.ndarray]
+    """As in `ExportedStudent`."""
+    metadata: Mapping[str, str]
+    signature: list[tuple[str, list[int]]]
+    """Type and shape of the inputs and outputs, without the batch size."""
+
+
+def load(path: Path) -> ExportedStudent:
+    """Load the student in an .onnx or .pte file, or in a folder for the Hugging Face Hub.
+
+    Only the file's graph is executed. Raises `RefusedError` if a package is missing, or if the file or the folder is
+    damaged or invalid.
     """
     if path.is_dir():
         return _load_folder(path)
     if path.is_file():
-        return _load_onnx(path)
-    raise RefusedError(f"{path} is not a file and not a folder: give an .onnx file or a folder that src.export wrote.")
+        return _load_file(path)
+    raise RefusedError(
+        f"{path} is not a file and not a folder: give an .onnx or .pte file, or a folder, that src.export wrote."
+    )
 
 
 def _load_folder(folder: Path) -> ExportedStudent:
@@ -122,20 +139,19 @@ def _load_folder(folder: Path) -> ExportedStudent:
     return ExportedStudent(logits, names, student.image_size, student.resize)
 
 
-def _load_onnx(file: Path) -> ExportedStudent:
+def _load_file(file: Path) -> ExportedStudent:
+    runtime, open_file = ("executorch", _open_pte) if file.suffix == ".pte" else ("onnxruntime", _open_onnx)
     try:
-        import onnxruntime
+        importlib.import_module(runtime)
     except ImportError:
-        raise RefusedError("onnxruntime is not installed: pip install onnxruntime") from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+        raise RefusedError(f"{runtime} is not installed: pip install {runtime}.") from None
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        opened = open_file(file)
     except Exception as error:  # onnxruntime has a class of its own for each kind of damage
         reason = printable(str(error))[:300]
-        raise RefusedError(f"onnxruntime cannot load {file} ({reason}): export it again.") from None
+        raise RefusedError(f"{runtime} cannot load {file} ({reason}): export it again.") from None
     try:
-        return _read_metadata(session)
+        return _read_metadata(opened)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {printable(str(error))[:200]}"
         raise RefusedError(
@@ -143,13 +159,40 @@ def _load_onnx(file: Path) -> ExportedStudent:
         ) from None
 
 
-def _read_metadata(session: Any) -> ExportedStudent:
-    """Read from an `InferenceSession` how the student is used.
+def _open_onnx(file: Path) -> OpenedFile:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    signature = [(node.type.removeprefix("tensor"), node.shape[1:]) for node in (*inputs, *outputs)]
+    metadata = session.get_modelmeta().custom_metadata_map
+    return OpenedFile(lambda pixels: session.run(None, {inputs[0].name: pixels})[0], metadata, signature)
+
+
+def _open_pte(file: Path) -> OpenedFile:
+    with contextlib.redirect_stderr(io.StringIO()):  # the runtime writes about the processor
+        import torch
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(file)
+        forward = program.load_method("forward")
+        metadata = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"forward"}}
+    shapes = forward.metadata
+    types = {0: "(uint8)", 6: "(float)"}  # torch's numbers of its types
+    nodes = [shapes.input_tensor_meta(0), shapes.output_tensor_meta(0)]
+    signature = [(types.get(node.dtype(), ""), list(node.sizes()[1:])) for node in nodes]
+    return OpenedFile(lambda pixels: forward.execute([torch.from_numpy(pixels)])[0].numpy(), metadata, signature)
+
+
+def _read_metadata(opened: OpenedFile) -> ExportedStudent:
+    """Read how the student is used.
 
     Raises `KeyError`, `TypeError`, `ValueError` or `RecursionError` if the metadata is missing, is garbled, or does not
     fit the graph.
     """
-    metadata = session.get_modelmeta().custom_metadata_map
+    metadata = opened.metadata
     names = json.loads(metadata["class_names"])
     size, resize = (_parse_size(json.loads(metadata[key])) for key in ("image_size", "resize"))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -158,17 +201,12 @@ def _read_metadata(session: Any) -> ExportedStudent:
         raise ValueError("the network does not normalise the pixels itself")
     if any(cut > whole for cut, whole in zip(size, resize, strict=True)):
         raise ValueError("image_size is larger than resize")
-    found = [(node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
-    expected = [("tensor(uint8)", [3, *size]), ("tensor(float)", [len(names)])]
-    if found != expected:
-        raise ValueError(f"the network's inputs and outputs are {found}, but the metadata describes {expected}")
-    (images,) = session.get_inputs()
-
-    def logits(pixels: np.ndarray) -> np.ndarray:
-        (computed,) = session.run(None, {images.name: pixels})
-        return np.asarray(computed)
-
-    return ExportedStudent(logits, [printable(name) for name in names], size, resize)
+    expected = [("(uint8)", [3, *size]), ("(float)", [len(names)])]
+    if opened.signature != expected:
+        raise ValueError(
+            f"the network's inputs and outputs are {opened.signature}, but the metadata describes {expected}"
+        )
+    return ExportedStudent(opened.logits, [printable(name) for name in names], size, resize)
 
 
 def _parse_size(value: Any) -> tuple[int, int]:
@@ -286,7 +324,7 @@ def central_crop(image: Image.Image, resize: tuple[int, int], size: tuple[int, i
 def main(arguments: list[str] | None = None) -> int:
     """Print the most likely classes of each picture. Returns exit code 1 if a file could not be used, else 0."""
     parser = argparse.ArgumentParser(prog="python -m src.predict", description=__doc__, allow_abbrev=False)
-    parser.add_argument("student", type=Path, help="an .onnx file or a folder (format=hub) that src.export wrote")
+    parser.add_argument("student", type=Path, help="an .onnx or .pte file, or a folder (format=hub), from src.export")
     parser.add_argument("images", type=Path, nargs="+", help="pictures: " + ", ".join(FORMATS))
     parser.add_argument("--top", type=int, default=5, help="how many classes to print (default: 5)")
     given = parser.parse_args(arguments)

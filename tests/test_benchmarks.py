@@ -1,5 +1,6 @@
 """The benchmarks run as documented, and their sides compute the same. How fast they are is not asserted."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -215,3 +216,18 @@ def test_a_method_is_timed_against_kd(tmp_path: Path) -> None:
     *_, row = out.read_text().splitlines()
     assert row.startswith("| vanilla | - | labels alone | - |")
     assert float(row.split("|")[5].split()[0]) > 0
+
+
+@pytest.mark.slow
+def test_ways_to_quantise_are_compared(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
+    from benchmarks import onnx_int8
+
+    out = tmp_path / "new" / "int8.csv"
+    command = [sys.executable, "-m", "benchmarks.onnx_int8", f"run={finished_run}", f"data.path={array_file}"]
+    for _ in range(2):
+        subprocess.run([*command, "--rounds", "2", "--out", str(out)], cwd=ROOT, capture_output=True, check=True)
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["form"] for row in rows] == ["float32", *onnx_int8.WAYS] * 2
+    assert float(rows[0]["same top-1 %"]) == 100
+    assert all(float(row["kB"]) < float(rows[0]["kB"]) for row in rows[1:8])

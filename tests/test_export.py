@@ -89,6 +89,18 @@ def test_weights_alone_are_the_students(finished_run: Path, array_file: Path, tm
         (tmp_path / "student.safetensors").unlink()
 
 
+@pytest.mark.slow
+def test_a_run_becomes_an_executorch_file(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    ran = export_run(finished_run, tmp_path / "out", array_file, "format=executorch", "precision=int8")
+    assert (ran.code, ran.err) == (0, "")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"student-int8.pte", "student-int8.pte.md"}
+    assert "executorch int8 in executorch: largest difference" in ran.out
+    assert "Operators outside XNNPACK: dim_order_ops__to_dim_order_copy_default (1), aten_mean_dim (1)." in ran.out
+    assert len(ran.out.splitlines()) < 8
+    assert "one image per call" in (tmp_path / "out" / "student-int8.pte.md").read_text()
+
+
 def test_a_mismatch_fails_and_leaves_nothing(
     finished_run: Path, array_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,9 +121,10 @@ def spoiled(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
-        (["format=nonsense"], "format=nonsense is unknown: choose one of onnx, exported_program"),
+        (["format=nonsense"], "format=nonsense is unknown: choose one of onnx, executorch, exported_program"),
         (["precision=int4"], "precision=int4 is unknown: choose one of float32"),
-        (["format=torchscript", "precision=int8"], "does not support precision=int8: use format=onnx"),
+        (["format=torchscript", "precision=int8"], "does not support precision=int8: use format=onnx or executorch"),
+        (["format=executorch", "precision=float16"], "format=executorch does not support precision=float16: use"),
         (["precision=bfloat16"], "onnxruntime does not compute in bfloat16"),
         (["format=hub", "precision=float16"], "format=hub does not support precision=float16: leave it out"),
         (["format=hub", "precision=int8"], "format=hub does not support precision=int8"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
+from src import predict
 from src.data import photos
 from src.exporting.forms import Classifier, Form, write_form
 from src.exporting.hub import write_network
@@ -27,8 +28,6 @@ from tests.helpers.photo_folders import encoded, files, picture
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-
-from src import predict  # noqa: E402  (needs onnxruntime)
 
 NAMES = ["ant", "bee", "c\x1b[31mat", "dog"]
 METADATA: dict[str, Any] = {"class_names": NAMES, "image_size": [16, 16], "resize": [20, 20], "normalisation": "inside"}
@@ -110,6 +109,38 @@ def test_a_folder_for_the_hub_predicts_what_the_onnx_file_predicts(
     assert [line.split("%")[1] for line in shown[0][1:]] == [line.split("%")[1] for line in shown[1][1:]]
     percent = [[float(line.split("%")[0]) for line in lines[1:]] for lines in shown]
     assert percent[0] == pytest.approx(percent[1], abs=0.011)
+
+
+@pytest.mark.slow
+def test_an_executorch_file_gives_the_probabilities_of_the_onnx_file(
+    student: Path, image: Path, tmp_path: Path
+) -> None:
+    """In a process in which onnxruntime cannot be imported."""
+    pytest.importorskip("executorch")
+    file, pixels = tmp_path / "student.pte", torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    write_form(small_student(), file, Form("executorch", "float32"), pixels, METADATA)
+    outputs = []
+    for exported, blocked in ((student, "executorch"), (file, "onnxruntime")):
+        code = (
+            f"import sys, runpy; sys.modules.update({{'src': None, {blocked!r}: None}}); "
+            f"runpy.run_path({str(SOURCE / 'predict.py')!r}, run_name='__main__')"
+        )
+        command: list[str | Path] = [sys.executable, "-c", code, exported, image]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        outputs.append(ran.stdout)
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0].splitlines()) == 5
+
+
+def test_a_missing_runtime_is_named(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    (tmp_path / "student.pte").write_bytes(b"")
+    assert refused(tmp_path / "student.pte", image, capsys) == (
+        "error: executorch is not installed: pip install executorch."
+    )
 
 
 def test_classes_that_share_a_name_are_told_apart_by_their_numbers(student: Path) -> None:

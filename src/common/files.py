@@ -26,8 +26,8 @@ PACKED = (".bin", ".ckpt", ".gz", ".npz", ".pt", ".pth", ".safetensors", ".tar",
 """Suffixes of files that people pack into archives. The members of a checkpoint or of an array file have others."""
 
 
-OUTPUTS = (".csv", ".gz", ".html", ".json", ".md", ".npz", ".onnx", ".pdf", ".png", ".pt", ".pt2", ".pth",
-           ".safetensors", ".tar", ".tex", ".txt", ".yaml", ".zip")  # fmt: skip
+OUTPUTS = (".csv", ".gz", ".html", ".json", ".md", ".npz", ".onnx", ".pdf", ".png", ".pt", ".pt2", ".pte",
+           ".pth", ".safetensors", ".tar", ".tex", ".txt", ".yaml", ".zip")  # fmt: skip
 """Suffixes of files. A new folder with such a name is a mistake."""
 
 

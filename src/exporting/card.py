@@ -19,6 +19,8 @@ from src.setup.reopen import Opened, read_result, read_teacher
 
 REPORTED = ("test", "epochs", "train_images", "unlabelled_images")
 """Keys of a run's result that are part of the metadata."""
+PREDICTED = ("onnx", "executorch")
+"""The formats of files that `python -m src.predict` reads."""
 
 
 def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def model_card(file: Path, form: Form, metadata: Mapping[str, Any], check: Check
     """Write the model card, in Markdown. `usage` replaces the lines that say how the file is used."""
     rows = {**_use_rows(file, form, metadata), **_accuracy_rows(form, metadata, check), **_origin_rows(metadata)}
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    if form.format == "onnx":
+    if form.format in PREDICTED:
         usage = f"\n    python -m src.predict {file.name} image.png\n"
     use = f"\n## Use\n{usage}" if usage else ""
     title = f"# {plain(metadata['network'])} for {plain(metadata['data']['name'])}\n\n"
@@ -78,15 +80,16 @@ def _use_rows(file: Path, form: Form, metadata: Mapping[str, Any]) -> dict[str, 
     resize_height, resize_width = metadata["resize"]
     numbers = f"mean {metadata['mean']}, std {metadata['std']} of pixels between 0 and 1"
     weights_alone = form.format == "safetensors"
+    batch, note = ("1", "one image per call") if form.format == "executorch" else ("batch", "any batch size")
     pixels = f"float, normalised by {numbers}" if weights_alone else f"uint8, 0 to 255, normalised inside by {numbers}"
     return {
         "file": f"`{file.name}`: {form.format}, {form.precision}, {file.stat().st_size:,} bytes, sha256 "
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}",
         "network": plain(metadata["network"]) + (" (weights alone)" if weights_alone else ""),
-        "input": f"`images` [batch, 3, {height}, {width}], any batch size, RGB, {pixels}",
+        "input": f"`images` [{batch}, 3, {height}, {width}], {note}, RGB, {pixels}",
         "pictures": f"resized to cover {resize_width} x {resize_height} pixels, then cropped to the central {width} x "
         f"{height}",
-        "output": f"`logits` [batch, {len(metadata['class_names'])}], before softmax",
+        "output": f"`logits` [{batch}, {len(metadata['class_names'])}], before softmax",
     }
 
 
@@ -107,7 +110,7 @@ def _origin_rows(metadata: Mapping[str, Any]) -> dict[str, str]:
         rows["trained by"] = plain("{method}, serialization {serialization}, seed {seed}".format(**metadata))
     if metadata["test"]:
         rows["trained by"] += ", {epochs} epochs of {train_images:,} images".format(**metadata)
-        if metadata["unlabelled_images"]:
+        if metadata.get("unlabelled_images"):
             rows["trained by"] += " with labels and {unlabelled_images:,} without".format(**metadata)
     if teacher := metadata["teacher"]:
         rows["teacher"] = (

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from src.common.errors import UserError
 from src.data.views import normalise
+from src.exporting import on_device
 from src.training.distiller import Distiller
 
 SUFFIXES = {
     "onnx": ".onnx",
+    "executorch": ".pte",
     "exported_program": ".pt2",
     "torchscript": ".pt",
     "safetensors": ".safetensors",
@@ -28,6 +30,7 @@ SUFFIXES = {
 """The suffix of the file of each format. `hub` is a folder, which `src/exporting/hub.py` writes and loads."""
 RUNTIMES = {
     "onnx": "onnxruntime",
+    "executorch": "executorch",
     "exported_program": "torch",
     "torchscript": "torch",
     "safetensors": "safetensors",
@@ -62,8 +65,10 @@ class Form(NamedTuple):
             raise UserError(f"format={format} is unknown: choose one of {', '.join(SUFFIXES)}.")
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision} is unknown: choose one of {', '.join(PRECISIONS)}.")
-        if (precision == "int8") > (format == "onnx"):
-            raise UserError(f"format={format} does not support precision=int8: use format=onnx.")
+        if precision == "int8" and format not in ("onnx", "executorch"):
+            raise UserError(f"format={format} does not support precision=int8: use format=onnx or executorch.")
+        if format == "executorch" and precision not in ("float32", "int8"):
+            raise UserError(f"format=executorch does not support precision={precision}: use float32 or int8.")
         if (format, precision) == ("onnx", "bfloat16"):
             raise UserError("onnxruntime does not compute in bfloat16 on a CPU: use precision=float16 or int8.")
         if format == "hub" and precision != "float32":
@@ -105,27 +110,36 @@ def make_classifier(distiller: Distiller) -> Classifier:
 
 
 def import_extra(package: str, extra: str = "export") -> Any:
-    """Import a package of an extra. Raises `UserError` if it is missing."""
+    """Import a package of an extra of pyproject.toml. Raises `UserError` if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"{package.partition('.')[0]} is not installed: pip install -e '.[{extra}]'.") from error
 
 
+def require_runtime(form: Form) -> None:
+    """Import the package that runs a form. Raises `UserError` if it is missing."""
+    import_extra(RUNTIMES[form.format], "executorch" if form.format == "executorch" else "export")
+
+
 def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, metadata: Mapping[str, Any]) -> None:
     """Write a module that maps uint8 images like `example` [B, 3, H, W] to logits, for any batch size.
 
-    For int8, `example` calibrates the quantisation. `metadata` is stored in the file, each value as JSON.
+    An ExecuTorch file has a batch size of 1. For int8, `example` calibrates the quantisation. `metadata` is stored in
+    the file, each value as JSON.
     """
     encoded = {key: json.dumps(value) for key, value in metadata.items()}
     two = example[:1].expand(2, -1, -1, -1).contiguous()  # torch.export would treat a batch size of 1 as a constant
     if form == ("onnx", "int8"):
         with tempfile.TemporaryDirectory() as folder:
-            float_file, prepared = Path(folder) / "float.onnx", Path(folder) / "prepared.onnx"
-            _write_onnx(network, float_file, two, encoded)
-            _quantise(float_file, prepared, file, example)
+            _write_onnx(network, Path(folder) / "float.onnx", two, encoded)
+            quantise_onnx(Path(folder) / "float.onnx", file, example)
     elif form.format == "onnx":
         _write_onnx(network, file, two, encoded)
+    elif form.format == "executorch":
+        require_runtime(form)
+        module = on_device.quantise(network, example) if form.precision == "int8" else network
+        on_device.write_program(module, file, example, encoded)
     elif form.format == "exported_program":
         torch.export.save(_export(network, two), file, extra_files={METADATA_FILE: json.dumps(encoded)})
     elif form.format == "torchscript":
@@ -161,15 +175,16 @@ def _write_onnx(network: nn.Module, file: Path, example: Tensor, metadata: Mappi
     program.save(file, external_data=False)
 
 
-def _quantise(float_file: Path, prepared: Path, file: Path, images: Tensor) -> None:
+def quantise_onnx(float_file: Path, file: Path, images: Tensor, **options: Any) -> None:
     """Quantise after training by onnxruntime's own tool: weights per channel, activations by their observed range.
 
-    Weights have 7 bits. With 8 bits, sums of products saturate on processors without VNNI, which costs accuracy: a
-    SlimNet with 67.8 % on 500 CIFAR-100 images has 60.8 % with 8 bits and 68.0 % with 7.
+    Activations are unsigned and weights are signed, which is onnxruntime's fastest form (results/onnx_int8). Weights
+    have 7 bits. With 8 bits, sums of products saturate on processors without VNNI, which costs accuracy: a SlimNet with
+    67.8 % on 500 CIFAR-100 images has 60.8 % with 8 bits and 68.0 % with 7. `options` replace arguments of
+    onnxruntime's `quantize_static`.
     """
     tool = import_extra("onnxruntime.quantization")
     preprocessing = import_extra("onnxruntime.quantization.shape_inference")
-    preprocessing.quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
 
     class Reader(tool.CalibrationDataReader):  # type: ignore[name-defined, misc]
         batches: Iterator[Tensor] = iter(images.split(BATCH))
@@ -177,7 +192,12 @@ def _quantise(float_file: Path, prepared: Path, file: Path, images: Tensor) -> N
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(({"images": batch.numpy()} for batch in self.batches), None)
 
-    tool.quantize_static(prepared, file, Reader(), per_channel=True, reduce_range=True)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        preprocessing.quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
+        types = {"activation_type": tool.QuantType.QUInt8, "weight_type": tool.QuantType.QInt8}
+        chosen = {**types, "per_channel": True, "reduce_range": True, **options}
+        tool.quantize_static(prepared, file, Reader(), **chosen)
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:
@@ -189,10 +209,13 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 def load_form(file: Path, form: Form, network: nn.Module, threads: int = 1) -> Predictor:
     """Load an exported file in its own runtime. Weights alone are loaded into a copy of `network`.
 
-    Raises `UserError` if the runtime is not installed, or if onnxruntime cannot load the file.
+    Raises `UserError` if the runtime is not installed, or if onnxruntime or executorch cannot load the file.
     """
     if form.format == "onnx":
         return _load_onnx(file, threads)
+    if form.format == "executorch":
+        require_runtime(form)
+        return on_device.load_program(file, threads)
     program: Any
     if form.format == "exported_program":
         program = torch.export.load(file).module()

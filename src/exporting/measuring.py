@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from src.analysis.predictions import count_macs
 from src.common.errors import UserError
 from src.exporting import peak_memory
+from src.exporting.activations import peak_activation_bytes
 from src.exporting.card import describe
 from src.exporting.checking import (
     accuracy,
@@ -26,7 +27,17 @@ from src.exporting.checking import (
     sample_test_images,
     sample_training_images,
 )
-from src.exporting.forms import BATCH, Classifier, Form, Predictor, load_form, make_classifier, write_form
+from src.exporting.forms import (
+    BATCH,
+    RUNTIMES,
+    Classifier,
+    Form,
+    Predictor,
+    load_form,
+    make_classifier,
+    require_runtime,
+    write_form,
+)
 from src.setup.reopen import Opened, open_run_or_checkpoint, read_teacher
 from src.setup.teacher import find_teacher, load_teacher
 from src.teachers.teacher import Teacher
@@ -36,12 +47,13 @@ log = logging.getLogger(__name__)
 
 NOTE = (
     "{networks}. top-1: % of {images:,} test images. MACs: multiply-accumulates of an image, by torch's counter. "
-    "1 image, {batch} images: median time of {rounds} rounds on {threads} thread(s) of {processor}. The ratio to the "
-    "first line is the median of the ratios of all rounds, with quartiles. Each round times all forms in one process. "
-    "images/s: with {batch} images per call. memory: the peak memory that the file and {batch} images add to a "
-    "process that has imported the runtime ({bases}). For a network in torch, this is the memory of its TorchScript "
-    "file."
+    "activations: the largest sum of live activations in a float32 forward pass of one image. 1 image, {batch} images: "
+    "median time of {rounds} rounds on {processor}. The ratio to the first line is the median of the ratios of all "
+    "rounds, with quartiles. Each round times all forms in one process. ExecuTorch computes {batch} images one by one. "
+    "memory: the peak memory that the file and {batch} images add to a process that has imported the runtime "
+    "({bases}). For a network in torch, this is the memory of its TorchScript file."
 )
+TEACHER_FORMS = (("onnx", "float32"), ("executorch", "float32"))
 CALLS = 8
 """The largest number of calls that one round times for each form."""
 
@@ -50,11 +62,17 @@ class Contender(NamedTuple):
     """One form of one network."""
 
     name: str
-    predictor: Predictor
+    module: nn.Module
     file: Path
     network: str
     """`teacher` or `student`."""
-    runtime: str
+    form: Form | None = None
+    """None: the module itself, in torch."""
+
+    def load(self, threads: int) -> Predictor:
+        """Load the file in its runtime."""
+        predictor: Predictor = torch.no_grad()(self.module)
+        return predictor if self.form is None else load_form(self.file, self.form, self.module, threads)
 
 
 class Row(NamedTuple):
@@ -65,11 +83,12 @@ class Row(NamedTuple):
     accuracy: float
     parameters: int
     macs: int
+    activation_bytes: int
     file_bytes: int
-    seconds: dict[int, float]
-    """By batch size, the median time of a call."""
-    ratios: dict[int, tuple[float, float, float]]
-    """By batch size, the quartiles of the time divided by the baseline's time in the same round."""
+    seconds: dict[int, dict[int, float]]
+    """By number of threads and batch size, the median time of a call."""
+    ratios: dict[int, dict[int, tuple[float, float, float]]]
+    """Likewise, the quartiles of the time divided by the baseline's time in the same round."""
     memory: float
     """Peak memory in MB (10^6 bytes), minus the peak of a process that has only imported the runtime."""
 
@@ -101,7 +120,7 @@ class TeacherModule(nn.Module):
 
 
 def parse_forms(names: Sequence[str]) -> list[Form]:
-    """Read names such as `onnx` and `onnx-int8`. Raises `UserError` for a form that does not exist or cannot run."""
+    """Read names such as `onnx` and `onnx-int8`. Raises `UserError` for a form that cannot run."""
     forms = []
     for name in names:
         format_name, _, precision = name.partition("-")
@@ -110,6 +129,7 @@ def parse_forms(names: Sequence[str]) -> list[Form]:
                 f"forms=[{format_name}] cannot be timed, because such a file holds weights alone: leave it out."
             )
         forms.append(Form.parse(format_name, precision or "float32"))
+        require_runtime(forms[-1])
     return forms
 
 
@@ -119,7 +139,6 @@ def measure(cfg: DictConfig) -> tuple[list[Row], str]:
     opened = open_run_or_checkpoint(cfg)
     teacher = load_original_teacher(cfg, opened)
     images, target = sample_test_images(opened.data, max(cfg.images, BATCH))
-    torch.set_num_threads(cfg.threads)
     networks: dict[str, nn.Module] = {"teacher": TeacherModule(teacher).eval()} if teacher else {}
     networks["student"] = make_classifier(opened.distiller)
     with tempfile.TemporaryDirectory() as name:
@@ -127,16 +146,14 @@ def measure(cfg: DictConfig) -> tuple[list[Row], str]:
         np.save(place.images_file, images[:BATCH].numpy())
         contenders = write_contenders(cfg, opened, networks, forms, place)
         log.info("Timing %d forms, %d rounds.", len(contenders), cfg.rounds)
-        calls = [contender.predictor for contender in contenders]
-        seconds = {batch: time_interleaved(calls, images, batch, cfg.rounds) for batch in (1, BATCH)}
+        seconds = {threads: time_forms(contenders, images, threads, cfg.rounds) for threads in sorted({1, cfg.threads})}
         peaks = [measure_memory(contender, place) for contender in contenders]
         rows = make_rows(contenders, networks, place, seconds, peaks)
-    bases = {"onnxruntime" if c.runtime == "onnx" else "torch": p[0] for c, p in zip(contenders, peaks, strict=True)}
+    bases = {RUNTIMES[c.form.format] if c.form else "torch": p[0] for c, p in zip(contenders, peaks, strict=True)}
     note = NOTE.format(
         networks="; ".join(f"{role}: {opened.cfg.model[role].name}" for role in networks),
         images=len(images),
         rounds=cfg.rounds,
-        threads=cfg.threads,
         processor=processor_name(),
         batch=BATCH,
         bases=", ".join(f"{name} {peak:.0f} MB" for name, peak in bases.items()),
@@ -186,7 +203,8 @@ def write_contenders(
 ) -> list[Contender]:
     """Write and load all forms of all networks.
 
-    If the student is measured in ONNX, the teacher is too: a runtime's gain is not a gain of distillation.
+    If the student is measured in ONNX or ExecuTorch, the teacher is too: a runtime's gain is not a gain of
+    distillation.
     """
     facts = describe(cfg, opened)
     calibration = sample_training_images(opened.data, cfg.calibration_images)
@@ -196,15 +214,14 @@ def write_contenders(
         weights = place.folder / f"{role}.safetensors"
         write_form(network, weights, Form("safetensors", "float32"), place.images, {})
         write_form(network, _torchscript_file(role, place), Form("torchscript", "float32"), place.images, {})
-        contenders.append(Contender(f"{role}, torch", torch.no_grad()(network), weights, role, "torch"))
-        for form in forms if role == "student" else [form for form in forms if form == ("onnx", "float32")]:
+        contenders.append(Contender(f"{role}, torch", network, weights, role))
+        for form in forms if role == "student" else [form for form in forms if form in TEACHER_FORMS]:
             file = place.folder / f"{role}-{form.file_name}"
             if isinstance(network, Classifier):
                 export_checked(network, file, form, calibration, facts, place.images, student_logits)
             else:
                 write_form(network, file, form, place.images, {})
-            predictor = load_form(file, form, network, cfg.threads)
-            contenders.append(Contender(f"{role}, {form}", predictor, file, role, form.format))
+            contenders.append(Contender(f"{role}, {form}", network, file, role, form))
     return contenders
 
 
@@ -217,28 +234,44 @@ def make_rows(
     contenders: Sequence[Contender],
     networks: Mapping[str, nn.Module],
     place: Workplace,
-    seconds: Mapping[int, np.ndarray],
+    seconds: Mapping[int, Mapping[int, np.ndarray]],
     peaks: Sequence[tuple[float, float]],
 ) -> list[Row]:
     """Make a row of each form's measurements.
 
-    `seconds` [rounds, forms] is given by batch size, and `peaks` are the results of `measure_memory`.
+    `seconds` are the results of `time_forms` by number of threads, and `peaks` are the results of `measure_memory`.
     """
-    macs = {role: count_macs(network, place.images[:1]) for role, network in networks.items()}
+    image = place.images[:1]
+    macs = {role: count_macs(network, image) for role, network in networks.items()}
+    activations = {role: peak_activation_bytes(network, image) for role, network in networks.items()}
     return [
         Row(
             name=contender.name,
             network=contender.network,
-            accuracy=accuracy(predict_in_batches(contender.predictor, place.images), place.target),
+            accuracy=accuracy(predict_in_batches(contender.load(1), place.images), place.target),
             parameters=parameter_count(networks[contender.network]),
             macs=macs[contender.network],
+            activation_bytes=activations[contender.network],
             file_bytes=contender.file.stat().st_size,
-            seconds={batch: float(np.median(times[:, column])) for batch, times in seconds.items()},
-            ratios={batch: quartiles(times[:, column] / times[:, 0]) for batch, times in seconds.items()},
+            seconds={
+                threads: {batch: float(np.median(times[:, column])) for batch, times in found.items()}
+                for threads, found in seconds.items()
+            },
+            ratios={
+                threads: {batch: quartiles(times[:, column] / times[:, 0]) for batch, times in found.items()}
+                for threads, found in seconds.items()
+            },
             memory=peaks[column][1] - peaks[column][0],
         )
         for column, contender in enumerate(contenders)
     ]
+
+
+def time_forms(contenders: Sequence[Contender], images: Tensor, threads: int, rounds: int) -> dict[int, np.ndarray]:
+    """Time all forms on a number of threads. By batch size: seconds [rounds, forms]."""
+    torch.set_num_threads(threads)
+    predictors = [contender.load(threads) for contender in contenders]
+    return {batch: time_interleaved(predictors, images, batch, rounds) for batch in (1, BATCH)}
 
 
 def time_interleaved(predictors: Sequence[Predictor], images: Tensor, batch: int, rounds: int) -> np.ndarray:
@@ -262,9 +295,8 @@ def measure_memory(contender: Contender, place: Workplace) -> tuple[float, float
 
     Raises `UserError` if the process fails.
     """
-    in_torch = contender.runtime == "torch"
-    kind = "torchscript" if in_torch else contender.runtime
-    file = _torchscript_file(contender.network, place) if in_torch else contender.file
+    form = contender.form
+    kind, file = (form.format, contender.file) if form else ("torchscript", _torchscript_file(contender.network, place))
     command: list[str | Path] = [sys.executable, "-W", "ignore", peak_memory.__file__, file, kind, place.images_file]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:

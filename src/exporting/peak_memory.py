@@ -32,6 +32,20 @@ def run_onnx(file: str, images: np.ndarray) -> float:
     return before
 
 
+def run_executorch(file: str, images: np.ndarray) -> float:
+    """Compute logits once in ExecuTorch, image by image. Returns the peak before the file was loaded."""
+    import torch
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    portable_lib._unsafe_reset_threadpool(1)
+    before = peak()
+    method = Runtime.get().load_program(file).load_method("forward")
+    for image in torch.from_numpy(images).split(1):
+        method.execute([image])
+    return before
+
+
 def run_torch(file: str, kind: str, images: np.ndarray) -> float:
     """Compute logits once in torch. Returns the peak before the file was loaded."""
     import torch
@@ -48,7 +62,8 @@ def run_torch(file: str, kind: str, images: np.ndarray) -> float:
 def main() -> None:
     """Print both peaks."""
     file, kind, images = sys.argv[1], sys.argv[2], np.load(sys.argv[3])
-    before = run_onnx(file, images) if kind == "onnx" else run_torch(file, kind, images)
+    runs = {"onnx": run_onnx, "executorch": run_executorch}
+    before = runs[kind](file, images) if kind in runs else run_torch(file, kind, images)
     print(before, peak())
 
 

@@ -44,6 +44,15 @@ def test_the_card_of_weights_alone_says_how_to_normalise(tmp_path: Path) -> None
     assert "src.predict" not in text
 
 
+def test_the_card_of_an_executorch_file_says_that_it_takes_one_image(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    (tmp_path / "student.pte").write_bytes(b"content")
+    text = model_card(tmp_path / "student.pte", Form("executorch", "float32"), METADATA, perfect_check())
+    assert "| input | `images` [1, 3, 16, 16], one image per call, RGB, uint8" in text
+    assert "| output | `logits` [1, 4], before softmax |" in text
+    assert "python -m src.predict student.pte image.png" in text
+
+
 def test_a_checkpoint_is_described_without_a_run(tmp_path: Path) -> None:
     data = tiny_data(tmp_path)
     run_cfg: Any = OmegaConf.create({"model": {"student": {"name": "resnet8"}}, "data": {"name": "tiny", "resize": 20}})

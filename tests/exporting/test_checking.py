@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from src.exporting.checking import (
     sample_training_images,
     spread_out,
 )
-from src.exporting.forms import Classifier, Form
+from src.exporting.forms import Classifier, Form, write_form
 from src.models.resnet import resnet8
 from tests.helpers.exports import METADATA, random_classifier, random_images
 from tests.helpers.tiny import CLASSES, MEAN, STD, tiny_data
@@ -58,6 +59,22 @@ def test_int8_is_small_and_nearly_as_accurate(trained: tuple[Classifier, Tensor,
     assert sizes["int8"] < 0.6 * sizes["float32"]
     stored = onnxruntime.InferenceSession(tmp_path / "student-int8.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(stored["class_names"]) == METADATA["class_names"]
+
+
+def test_int8_in_onnx_has_unsigned_activations_and_weights_of_7_bits(tmp_path: Path) -> None:
+    """8 bits saturate without VNNI, and signed activations are slow on x86."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    write_form(random_classifier(), tmp_path / "x.onnx", Form("onnx", "int8"), random_images(8), {})
+    tensors = onnx.load(tmp_path / "x.onnx").graph.initializer
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in tensors}
+    weights = [value for name, value in values.items() if name.endswith("weight_quantized")]
+    assert {value.dtype for value in weights} == {np.dtype("int8")}
+    assert max(np.abs(value.astype(int)).max() for value in weights) == 64
+    assert {value.dtype for name, value in values.items() if name.startswith("relu") and "zero_point" in name} == {
+        np.dtype("uint8")
+    }
 
 
 def test_compare_and_refuse() -> None:

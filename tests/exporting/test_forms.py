@@ -117,12 +117,19 @@ def test_a_methods_own_predictor_is_exported(tmp_path: Path) -> None:
     assert not torch.allclose(exported, student_alone)
 
 
-@pytest.mark.parametrize(("package", "format"), [("onnx", "onnx"), ("safetensors.torch", "safetensors")])
+@pytest.mark.parametrize(
+    ("package", "format", "extra"),
+    [
+        ("onnx", "onnx", "export"),
+        ("safetensors.torch", "safetensors", "export"),
+        ("executorch", "executorch", "executorch"),
+    ],
+)
 def test_a_missing_package_is_reported_in_one_sentence(
-    package: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, format: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"{package.partition('.')[0]} is not installed: pip install -e '.\[export\]'"
+    message = rf"{package.partition('.')[0]} is not installed: pip install -e '.\[{extra}\]'"
     with pytest.raises(UserError, match=message):
         write_form(random_classifier(), tmp_path / "file", Form(format, "float32"), random_images(), {})
 

@@ -85,16 +85,19 @@ def test_a_row_compares_each_form_with_the_first(tmp_path: Path) -> None:
     target = predict_in_batches(network, images).argmax(dim=1)
     target[:7] = (target[:7] + 1) % CLASSES
     (tmp_path / "file").write_bytes(bytes(10))
-    contenders = [Contender(name, network, tmp_path / "file", "student", "torch") for name in ("a", "b")]
-    seconds = {1: np.array([[1.0, 2], [2, 2], [3, 9]]), 64: np.array([[4.0, 2], [4, 2], [4, 2]])}
+    contenders = [Contender(name, network, tmp_path / "file", "student") for name in ("a", "b")]
+    found = {1: np.array([[1.0, 2], [2, 2], [3, 9]]), 64: np.array([[4.0, 2], [4, 2], [4, 2]])}
+    seconds = {1: found, 3: {batch: times / 2 for batch, times in found.items()}}
     place = Workplace(tmp_path, images, target)
     first, second = make_rows(contenders, {"student": network}, place, seconds, [(100, 130), (100, 110)])
     assert (first.name, second.name, second.network, second.file_bytes) == ("a", "b", "student", 10)
     assert first.accuracy == second.accuracy == 0.9
     assert first.parameters == sum(parameter.numel() for parameter in network.parameters())
-    assert (first.seconds, second.seconds) == ({1: 2, 64: 4}, {1: 2, 64: 2})
-    assert first.ratios == {1: (1, 1, 1), 64: (1, 1, 1)}
-    assert second.ratios == {1: (1.5, 2, 2.5), 64: (0.5, 0.5, 0.5)}
+    assert first.activation_bytes == 3 * 4 * 16 * 16**2
+    assert (first.seconds[1], second.seconds[1]) == ({1: 2, 64: 4}, {1: 2, 64: 2})
+    assert (first.seconds[3], second.seconds[3]) == ({1: 1, 64: 2}, {1: 1, 64: 1})
+    assert first.ratios[1] == first.ratios[3] == {1: (1, 1, 1), 64: (1, 1, 1)}
+    assert second.ratios[1] == second.ratios[3] == {1: (1.5, 2, 2.5), 64: (0.5, 0.5, 0.5)}
     assert (first.memory, second.memory) == (30, 10)
 
 
@@ -111,7 +114,8 @@ def test_a_form_that_fails_alone_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"noise")
     place = Workplace(tmp_path, random_images(), torch.zeros(7))
     np.save(place.images_file, place.images.numpy())
-    contender = Contender("student, onnx", nn.Identity(), tmp_path / "broken.onnx", "student", "onnx")
+    form = Form("onnx", "float32")
+    contender = Contender("student, onnx", nn.Identity(), tmp_path / "broken.onnx", "student", form)
     with pytest.raises(UserError, match=r"student, onnx fails in a separate process \(.+\): leave this form out"):
         measure_memory(contender, place)
 
