@@ -18,8 +18,10 @@ from src.exporting.checking import (
     sample_test_images,
     sample_training_images,
 )
+from src.exporting.finetuning import check_finetuning, finetuned_classifier
 from src.exporting.forms import RUNTIMES, Form, make_classifier, require_runtime
 from src.exporting.hub import export_folder, refuse_unfit
+from src.exporting.measuring import load_original_teacher
 from src.setup.reopen import open_run_or_checkpoint, read_result
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ def main(cfg: DictConfig) -> None:
     require_runtime(form)
     validate(cfg)
     opened = open_run_or_checkpoint(cfg)
+    if cfg.finetune_epochs:
+        check_finetuning(form, opened)
     if form.format == "hub":
         refuse_unfit(opened.distiller)
     file = output_file(cfg, form)
@@ -58,8 +62,12 @@ def main(cfg: DictConfig) -> None:
         log.info("Written: %s. To upload it, choose a name: hf upload USER/NAME %s", file, shlex.quote(str(file)))
         log.info("%s in %s: %s.", form, RUNTIMES[form.format], check)
         return
-    student_logits = predict_in_batches(network, images)
     example = sample_training_images(opened.data, cfg.calibration_images if form.precision == "int8" else 1)
+    if cfg.finetune_epochs:
+        teacher = load_original_teacher(cfg, opened)
+        network = finetuned_classifier(opened, teacher, cfg.finetune_epochs, example, images, target)
+        metadata["finetune_epochs"] = cfg.finetune_epochs
+    student_logits = predict_in_batches(network, images)
     exported_logits = export_checked(network, file, form, example, metadata, images, student_logits)
     check = compare(student_logits, exported_logits, target)
     write_text(Path(f"{file}.md"), model_card(file, form, metadata, check))

@@ -223,9 +223,11 @@ def test_ways_to_quantise_are_compared(finished_run: Path, array_file: Path, tmp
     from benchmarks import onnx_int8
 
     out = tmp_path / "new" / "int8.csv"
-    command = [sys.executable, "-m", "benchmarks.onnx_int8", f"run={finished_run}", f"data.path={array_file}"]
+    given = [f"run={finished_run}", f"data.path={array_file}", "calibration_images=32"]
+    command = [sys.executable, "-m", "benchmarks.onnx_int8", *given, "--rounds", "2", "--out", str(out)]
     for _ in range(2):
-        subprocess.run([*command, "--rounds", "2", "--out", str(out)], cwd=ROOT, capture_output=True, check=True)
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["form"] for row in rows] == ["float32", *onnx_int8.WAYS] * 2

@@ -13,7 +13,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.common.errors import UserError
 from src.config.instantiate import find_target, options_of
-from src.config.schema import EvaluateOptions, MeasureOptions, MethodOptions, NetworkOptions, TrainOptions
+from src.config.schema import (
+    EvaluateOptions,
+    ExportOptions,
+    MeasureOptions,
+    MethodOptions,
+    NetworkOptions,
+    TrainOptions,
+)
 
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 GIVEN = {
@@ -36,8 +43,8 @@ OPTIONAL = ("also", "optimizer", "averaging", "logger")
 """Groups that may be switched off."""
 READ_WITH_RUN = ("data.root", "data.path", "trainer", "trainer.accelerator")
 """Options of a training that are read together with `run=`. All others are those of the run."""
-MEASURED_WITH_RUN = ("teacher.path", "teacher.class_map", "teacher.allow_program")
-"""Options that `src.measure` reads too."""
+WITH_TEACHER = ("teacher.path", "teacher.class_map", "teacher.allow_program")
+"""Options that `src.measure` reads too, and `src.export` for fine-tuning."""
 SUGGESTED = 3
 """The largest number of suggestions."""
 
@@ -84,7 +91,8 @@ def check_run_options(cfg: DictConfig, given: Collection[str]) -> None:
     if kind is None or not issubclass(kind, EvaluateOptions) or cfg.run is None:
         return
     own = [field.name for field in fields(kind) if field.name not in {field.name for field in fields(TrainOptions)}]
-    read = [*own, *READ_WITH_RUN, *(MEASURED_WITH_RUN if kind is MeasureOptions else ())]
+    reads_teacher = kind is MeasureOptions or (kind is ExportOptions and cfg.finetune_epochs)
+    read = [*own, *READ_WITH_RUN, *(WITH_TEACHER if reads_teacher else ())]
     if ignored := sorted(option for option in given if option not in read):
         raise UserError(
             f"{ignored[0]} cannot be given together with run=..., because a run is opened with its own configuration: "

@@ -368,6 +368,7 @@ class ExportOptions(EvaluateOptions):
     out: str | None = None
     images: PositiveInt = MISSING
     calibration_images: PositiveInt = MISSING
+    finetune_epochs: NonNegativeInt = MISSING
 
 
 @dataclass

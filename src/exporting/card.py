@@ -112,6 +112,8 @@ def _origin_rows(metadata: Mapping[str, Any]) -> dict[str, str]:
         rows["trained by"] += ", {epochs} epochs of {train_images:,} images".format(**metadata)
         if metadata.get("unlabelled_images"):
             rows["trained by"] += " with labels and {unlabelled_images:,} without".format(**metadata)
+    if epochs := metadata.get("finetune_epochs"):
+        rows["fine-tuned"] = f"{epochs} epochs of quantisation-aware training by the same method"
     if teacher := metadata["teacher"]:
         rows["teacher"] = (
             f"{plain(teacher['name'])}, top-1 {100 * teacher['accuracy']:.2f} %, sha256 {teacher['sha256']}"

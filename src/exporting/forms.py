@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -109,6 +109,17 @@ def make_classifier(distiller: Distiller) -> Classifier:
     return Classifier(predictor, distiller.settings.mean, distiller.settings.std)
 
 
+def quantised(network: Classifier, images: Tensor) -> Classifier:
+    """Return a classifier in int8 for ExecuTorch, with the ranges of activations for uint8 images [N, 3, H, W].
+
+    The normalisation stays in float32. A classifier that is in int8 already is returned.
+    """
+    if isinstance(network.network, on_device.Graph):
+        return network
+    batches = (normalise(batch, network.mean, network.std) for batch in images.split(BATCH))
+    return Classifier(on_device.quantise(network.network, batches), network.mean, network.std)
+
+
 def import_extra(package: str, extra: str = "export") -> Any:
     """Import a package of an extra of pyproject.toml. Raises `UserError` if it is missing."""
     try:
@@ -138,7 +149,7 @@ def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, meta
         _write_onnx(network, file, two, encoded)
     elif form.format == "executorch":
         require_runtime(form)
-        module = on_device.quantise(network, example) if form.precision == "int8" else network
+        module = quantised(cast(Classifier, network), example) if form.precision == "int8" else network
         on_device.write_program(module, file, example, encoded)
     elif form.format == "exported_program":
         torch.export.save(_export(network, two), file, extra_files={METADATA_FILE: json.dumps(encoded)})

@@ -5,10 +5,11 @@ seconds, so they are inside the functions.
 """
 
 import contextlib
+import copy
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import UserError
+from src.models.network import Network, Output
 
 log = logging.getLogger(__name__)
-
-CALIBRATION_BATCH = 64
-"""Images per forward pass of the calibration. It does not change the observed ranges."""
 
 
 def write_program(network: nn.Module, file: Path, images: Tensor, metadata: Mapping[str, str]) -> None:
@@ -43,27 +42,65 @@ def write_program(network: nn.Module, file: Path, images: Tensor, metadata: Mapp
     log.info("Operators outside XNNPACK: %s.", ", ".join(f"{name} ({count})" for name, count in left.items() if count))
 
 
-def quantise(network: nn.Module, images: Tensor) -> nn.Module:
-    """Return a copy with int8 weights, per channel, and int8 activations, by their ranges for `images` [N, 3, H, W].
+class Graph(Network):
+    """A network as a graph of torch.export, which computes logits alone."""
 
-    The normalisation in front of the network stays in float32.
+    def __init__(self, graph: nn.Module, training: bool) -> None:
+        super().__init__()
+        self.graph, self.training = graph, training
+
+    def train(self, mode: bool = True) -> "Graph":
+        """Set the mode. torchao changes the operators of the graph, whose own `train` raises an error."""
+        if mode != self.training:
+            from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
+
+            self.training = mode
+            (move_exported_model_to_train if mode else move_exported_model_to_eval)(self.graph)
+        return self
+
+    def forward_features(self, images: Tensor) -> Output:
+        """Compute logits. There are no features, and the pooled features have shape [B, 0]."""
+        return Output(self(images), (), images.new_empty(len(images), 0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits [B, C] of normalised images [B, 3, H, W]."""
+        logits: Tensor = self.graph(images)
+        return logits
+
+
+def prepare(network: nn.Module, images: Tensor, is_qat: bool) -> Graph:
+    """Copy a network for normalised images like `images` [N, 3, H, W], and insert observers for int8.
+
+    With `is_qat`, the observers also round what they observe, and the copy can be trained.
     """
     with _quiet():
         from executorch.backends.xnnpack.quantizer import xnnpack_quantizer
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
-        config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True)
+        config = xnnpack_quantizer.get_symmetric_quantization_config(is_per_channel=True, is_qat=is_qat)
         quantizer = xnnpack_quantizer.XNNPACKQuantizer().set_global(config)
-        # The normalisation's operators are in no submodule. Its constants would be rounded to 8 bits.
-        quantizer.set_filter_function(lambda node: len(node.meta.get("nn_module_stack", ())) != 1)
-        batch = {"images": {0: torch.export.Dim("batch")}}
-        program = torch.export.export(network, (images[:2].contiguous(),), dynamic_shapes=batch)
-        prepared = prepare_pt2e(program.module(), quantizer)
-        with torch.no_grad():
-            for part in images.split(CALIBRATION_BATCH):
-                prepared(part)
-        quantised: nn.Module = convert_pt2e(prepared)
-        return quantised
+        copied = copy.deepcopy(network).train(is_qat).requires_grad_(is_qat)
+        two = images[:1].expand(2, -1, -1, -1).contiguous()  # torch.export would treat a batch size of 1 as a constant
+        program = torch.export.export(copied, (two,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return Graph((prepare_qat_pt2e if is_qat else prepare_pt2e)(program.module(), quantizer), is_qat)
+
+
+def convert(prepared: Graph) -> Graph:
+    """Replace the observers by int8 operators with the observed ranges."""
+    with _quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+        return Graph(convert_pt2e(prepared.eval().graph), training=False)
+
+
+def quantise(network: nn.Module, batches: Iterable[Tensor]) -> Graph:
+    """Return a copy in int8, with the ranges of activations for normalised images, each batch [B, 3, H, W]."""
+    batches = list(batches)
+    prepared = prepare(network, batches[0], is_qat=False)
+    with torch.no_grad():
+        for batch in batches:
+            prepared(batch)
+    return convert(prepared)
 
 
 def load_program(file: Path, threads: int) -> Callable[[Tensor], Tensor]:

@@ -167,3 +167,8 @@ def test_options_that_a_run_replaces_are_refused(command: str) -> None:
             check_run_options(cfg, {"run", option})
         check_run_options(configure("checkpoint=a.pth", command=command), {"checkpoint", option})
     check_run_options(configure(), {"seed"})
+
+
+def test_fine_tuning_an_export_reads_the_teacher() -> None:
+    cfg = configure("run=runs/x", "finetune_epochs=1", command="export")
+    check_run_options(cfg, {"run", "finetune_epochs", "teacher.path"})

@@ -82,7 +82,11 @@ INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
         ("data.resize", 0, "greater than 0"),
     ],
     ("data=stream",): [("data.cache_gigabytes", -1.0, "greater than or equal to 0"), ("data.resize", 0, "greater")],
-    ("command=export",): [("images", 0, "greater than 0"), ("calibration_images", 0, "greater than 0")],
+    ("command=export",): [
+        ("images", 0, "greater than 0"),
+        ("calibration_images", 0, "greater than 0"),
+        ("finetune_epochs", -1, "greater than or equal to 0"),
+    ],
     ("command=measure",): [
         ("images", 0, "greater than 0"),
         ("calibration_images", 0, "greater than 0"),

@@ -10,8 +10,8 @@ import torch
 
 from src.common.errors import UserError
 from src.exporting.checking import export_checked, predict_in_batches
-from src.exporting.forms import Form, load_form
-from src.exporting.on_device import load_program, quantise, write_program
+from src.exporting.forms import Form, load_form, quantised
+from src.exporting.on_device import load_program, write_program
 from tests.helpers.exports import METADATA, random_classifier, random_images
 
 pytest.importorskip("executorch")
@@ -61,15 +61,14 @@ def test_int8_is_small_and_near(student: Path, tmp_path: Path) -> None:
     assert torch.equal(exported, predict_in_batches(load_program(file, 2), images))
 
 
-def test_the_normalisation_is_not_quantised() -> None:
-    """The means and standard deviations would be rounded to 8 bits, and with them all pixels."""
-    network, images = random_classifier(), random_images(70)
-    module: Any = quantise(network, images)
-    graph = module.graph
-    quantised = [str(node.args[0]) for node in graph.nodes if ".quantize_per_tensor" in str(node.target)]
-    assert quantised[0].startswith(("to", "div"))  # the normalised image
-    assert not [name for name in quantised if name.startswith(("mul", "lift", "sub"))]
-    assert sum("dequantize_per_channel" in str(node.target) for node in graph.nodes) == 10  # 9 convolutions, 1 linear
+def test_every_layer_is_quantised_and_the_normalisation_is_not() -> None:
+    """Means and standard deviations would be rounded to 8 bits, and with them all pixels."""
+    classifier, images = random_classifier(), random_images(70)
+    found: Any = quantised(classifier, images)
+    nodes = found.network.graph.graph.nodes
+    assert sum("dequantize_per_channel" in str(node.target) for node in nodes) == 10  # 9 convolutions, 1 linear layer
+    assert found.mean == classifier.mean
+    assert quantised(found, images) is found
 
 
 def test_logging_and_stderr_are_left_alone(
