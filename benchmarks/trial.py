@@ -29,7 +29,7 @@ from src.data.views import normalise
 from src.methods.method import Method
 from src.models.checkpoints import load_weights
 from src.models.network import Network
-from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
+from src.setup.assemble import make_data_for, make_distiller, make_method, make_parts, prepare
 from src.setup.teacher import make_untrained_teacher
 from src.teachers.view_store import ViewStore
 from src.training.distiller import Distiller
@@ -96,7 +96,7 @@ def assemble(cfg: DictConfig, data: ArrayData | None = None) -> Trial:
     """Make the module of a configuration, and its data if none are given."""
     method = make_method(cfg)
     if data is None:
-        made = make_data(cfg, method.views_per_image)
+        made = make_data_for(cfg, method)
         assert isinstance(made, ArrayData)
         data = made
     return Trial(cfg, make_untrained_distiller(cfg, data, method), data)

@@ -34,7 +34,7 @@ from src.runs.history import read_history
 from src.runs.loggers import ForgivingLogger
 from src.runs.result import Result, RunRecord, TeacherFacts
 from src.runs.time_budget import OutOfTime, TimeBudget, describe_pause, time_budget
-from src.setup.assemble import balanced_weights, make_data, make_distiller, make_method, make_parts, prepare
+from src.setup.assemble import balanced_weights, make_data_for, make_distiller, make_method, make_parts, prepare
 from src.setup.dry_run import dry_run
 from src.setup.teacher import MeasuredTeacher, find_teacher, measure_teacher, teacher_places
 from src.teachers.teacher import Teacher
@@ -56,7 +56,7 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     check_training(cfg)
     budget = budget or time_budget(cfg)
     method = make_method(cfg)
-    data = make_data(cfg, method.views_per_image, method.distils)
+    data = make_data_for(cfg, method)
     check_search(cfg, data)
     check_keep_best(cfg, data)
     parts = make_parts(cfg, data, method, for_training=True)
@@ -138,10 +138,15 @@ def train_teacher(cfg: DictConfig, data: ImageData, budget: TimeBudget) -> Path:
 
     Raises `UserError` if the teacher of the same name was trained on other data, unless `start_over` is set.
     """
+    if not len(data.train_index):
+        raise UserError(
+            "No training image has a label, so the missing teacher cannot be trained here: give teacher.path=FILE or "
+            "teacher.source=timm/NAME."
+        )
     alone = teacher_config(cfg)
     folder = RunFolder(alone)
     finished = folder.result_file.is_file()  # a finished teacher is used again, even if the code has changed since
-    if finished and folder.data_digest() not in (None, data.source.digest):
+    if finished and folder.data_digest() not in (None, data.labelled_digest):
         if not cfg.start_over:
             raise UserError(
                 f"The teacher in {folder.path} was trained on other data that is called {cfg.data.name} too: rename "
@@ -162,14 +167,18 @@ def train_teacher(cfg: DictConfig, data: ImageData, budget: TimeBudget) -> Path:
 def teacher_config(cfg: DictConfig) -> DictConfig:
     """Return the configuration that trains the run's teacher.
 
-    It is a copy of the run's configuration. Options marked `student_only` get their defaults. The method, the
-    serialization layer and the seed come from `teacher.*`. Raises `UserError` if that method needs a teacher itself.
+    It is a copy of the run's configuration, without images that have no label. Options marked `student_only` get their
+    defaults. The method, the serialization layer and the seed come from `teacher.*`. Raises `UserError` if that method
+    needs a teacher itself.
     """
     alone = copy.deepcopy(cfg)
     defaults = OmegaConf.structured(TrainOptions)
     for option in marked(TrainOptions, "student_only"):
         alone[option] = defaults[option]
     alone.model = {"student": cfg.model.teacher, "teacher": None, "name": cfg.model.teacher.name}
+    for option in ("unlabelled", "unlabelled_share"):
+        if option in alone.data:
+            alone.data[option] = None
     alone.method, alone.serialization, alone.seed = cfg.teacher.method, cfg.teacher.serialization, cfg.teacher.seed
     if needs_teacher(alone):
         raise UserError(
@@ -190,6 +199,8 @@ def report_class_weights(cfg: DictConfig, data: ImageData) -> None:
     """Log the smallest and the largest weight that cross-entropy gives to an image, if classes have weights."""
     if not cfg.class_weights:
         return
+    if not len(data.train_index):
+        raise UserError("class_weights=balanced needs training images with labels: leave it out.")
     weights = balanced_weights(data.trained_labels, data.num_classes)
     by_weight = sorted((weight, name) for weight, name in zip(weights, data.class_names, strict=True) if weight)
     (low, first), (high, last) = by_weight[0], by_weight[-1]

@@ -45,6 +45,7 @@ To write a file (see also `save_arrays`):
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,9 +141,10 @@ def _validated(path: Path, arrays: dict[str, np.ndarray], digest: str) -> ImageA
     if unlabelled is not None:
         arrays["train_images"] = np.concatenate([arrays["train_images"], unlabelled])
         labels["train"] = np.append(labels["train"].astype(np.int64), np.full(len(unlabelled), -1))
+    tensors: dict[str, Any] = {f"{split}_images": _tensor(arrays[f"{split}_images"]) for split in splits}
+    tensors |= {f"{split}_labels": torch.from_numpy(labels[split].astype(np.int64)) for split in splits}
     return ImageArrays(
-        **{f"{split}_images": _tensor(arrays[f"{split}_images"]) for split in splits},
-        **{f"{split}_labels": torch.from_numpy(labels[split].astype(np.int64)) for split in splits},
+        **tensors,
         class_names=tuple(str(name) for name in names),
         superclass_names=tuple(str(name) for name in arrays["superclass_names"]) if superclasses else None,
         superclass_of=superclasses,
@@ -156,13 +158,15 @@ def _with_training_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray
     """Add empty training images and labels if all training images are without labels."""
     if "train_images" in arrays:
         return arrays
-    return {**arrays, "train_images": arrays[UNLABELLED][:0], "train_labels": np.zeros(0, dtype=np.int64)}
+    images = np.atleast_1d(arrays[UNLABELLED])[:0]  # its shape is checked later
+    return {**arrays, "train_images": images, "train_labels": np.zeros(0, dtype=np.int64)}
 
 
 def _usual_shapes(arrays: dict[str, np.ndarray], splits: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     """Convert images to [N, H, W, 3] and labels to [N] where the shape leaves no doubt. Says what was converted."""
     usual, notes = dict(arrays), []
-    for name in [f"{split}_images" for split in splits] + [UNLABELLED] * (UNLABELLED in arrays):
+    names = [f"{split}_images" for split in splits]
+    for name in [*names, UNLABELLED] if UNLABELLED in arrays else names:
         images = arrays[name]
         if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
             images = images.transpose(0, 2, 3, 1)

@@ -41,4 +41,8 @@ class Augmentation:
     @property
     def key(self) -> str:
         """A hash of everything but the data's own options, as part of a file name. Empty for crops and flips only."""
-        return "" if self == Augmentation() else "-" + hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        if self == Augmentation():
+            return ""
+        made = [part and (type(part).__qualname__, sorted(vars(part).items())) for part in (self.policy, self.mixing)]
+        decides = (self.crop_and_flip, self.policy_from_view, made)  # a part's own repr could hold a memory address
+        return "-" + hashlib.sha256(repr(decides).encode()).hexdigest()[:8]

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from src.common.errors import UserError
 from src.data.image_data import ImageData, Reader, Samples, Share
-from src.data.photo_check import check_photos, describe_unreadable
+from src.data.photo_check import Checked, check_photos, describe_unreadable
 from src.data.photo_folders import (
+    UNLABELLED_PLACE,
     Listing,
     check_classes,
     list_photos,
@@ -130,13 +131,12 @@ class JoinedPhotos:
 
     def read(self, rows: Sequence[int]) -> list[bytes]:
         """Return the bytes of photos. Raises `UserError` if one cannot be read."""
-        numbers = [(row - self.size_of_first, place) for place, row in enumerate(rows)]
-        encoded: dict[int, bytes] = {}
-        for photos, offset, of_first in ((self.first, self.size_of_first, True), (self.second, 0, False)):
-            chosen = [(number + offset, place) for number, place in numbers if (number < 0) == of_first]
-            found = photos.read([row for row, _ in chosen]) if chosen else []
-            encoded.update(zip((place for _, place in chosen), found, strict=True))
-        return [encoded[place] for place in range(len(rows))]
+        of_first = [row for row in rows if row < self.size_of_first]
+        of_second = [row for row in rows if row >= self.size_of_first]
+        encoded = dict(zip(of_first, self.first.read(of_first), strict=True))
+        read = self.second.read([row - self.size_of_first for row in of_second])
+        encoded.update(zip(of_second, read, strict=True))
+        return [encoded[row] for row in rows]
 
     def name(self, row: int) -> str:
         """Return the name of a photo for error messages."""
@@ -246,20 +246,24 @@ class FolderData(ImageData):
         if folder is not None:
             listings[UNLABELLED] = list_unlabelled(folder, folders)
             folders[UNLABELLED] = folder
-        listings, notes = self.check(root, listings)
+        listings, found, notes = self._read_all(root, listings)
+        self.files_digest = listing_digest(listings, found.adjusted, found.checksums)
         unlabelled = listings.get(UNLABELLED)
+        if unlabelled is not None and not unlabelled.files:
+            raise UserError(f"No photo in data.unlabelled={folder} can be read: repair them, or leave the option out.")
         check_classes({split: listing for split, listing in listings.items() if split != UNLABELLED})
         self.photos = {split: _photos(listing) for split, listing in listings.items()}  # type: ignore[misc]
         labels = {split: _labels(listing) for split, listing in listings.items()}
         labels.setdefault("train", torch.zeros(0, dtype=torch.int64))
-        labels["train"] = self.join_unlabelled(labels["train"], unlabelled)
+        labels["train"] = self._join_unlabelled(labels["train"], unlabelled)
         self.photos["held_out"] = self.photos["train"]
         return Source(
             train_labels=labels["train"],
             val_labels=labels.get("val"),
             test_labels=labels["test"],
             class_names=tuple(listings["test"].classes),
-            digest=self.digest(),
+            digest=self.digest(self.files_digest),
+            labelled_digest=self.digest(self._labelled_files_digest(listings, found)),
             places={split: f"{each}{os.sep}" for split, each in folders.items()},
             notes=tuple(notes),
         )
@@ -269,10 +273,11 @@ class FolderData(ImageData):
         """The folder of the photos without labels, if there is one."""
         return None if self.unlabelled in (None, "rest") else Path(str(self.unlabelled)).expanduser()
 
-    def check(self, root: Path, listings: dict[str, Listing]) -> tuple[dict[str, Listing], list[str]]:
-        """Check that all photos can be read, and set the digest of the files.
+    def _read_all(self, root: Path, listings: dict[str, Listing]) -> tuple[dict[str, Listing], Checked, list[str]]:
+        """Read all photos once.
 
-        Returns the listings of the readable photos, and notes. Raises `UserError` if photos are not to be skipped.
+        Returns the listings of the readable photos, the result of the check, and notes. Raises `UserError` if a photo
+        cannot be read and is not to be skipped.
         """
         found = check_photos(root, listings, self.workers, Path(self.cache).expanduser())
         described = describe_unreadable(found, sum(len(listing.files) for listing in listings.values()))
@@ -283,10 +288,15 @@ class FolderData(ImageData):
             )
         notes = [*unread_notes(root, listings), *([f"Left out of {root}: {described}."] if found.unreadable else [])]
         readable = {split: listing.without(found.unreadable) for split, listing in listings.items()}
-        self.files_digest = listing_digest(readable, found.adjusted, found.checksums)
-        return readable, notes
+        return readable, found, notes
 
-    def join_unlabelled(self, labels: Tensor, unlabelled: Listing | None) -> Tensor:
+    @staticmethod
+    def _labelled_files_digest(listings: Mapping[str, Listing], found: Checked) -> str:
+        labelled = {split: listing for split, listing in listings.items() if split != UNLABELLED}
+        adjusted = [photo for photo in found.adjusted if not photo.startswith(UNLABELLED_PLACE)]
+        return listing_digest(labelled, adjusted, found.checksums)
+
+    def _join_unlabelled(self, labels: Tensor, unlabelled: Listing | None) -> Tensor:
         """Append the photos without labels to the training photos. Returns the labels [N], with -1 for them."""
         if unlabelled is None:
             return labels
@@ -294,9 +304,9 @@ class FolderData(ImageData):
         self.photos["train"] = photos if own is None else JoinedPhotos(own, photos, len(labels))
         return torch.cat([labels, torch.full((len(unlabelled.files),), -1)])
 
-    def digest(self) -> str:
-        """Hash the list of files and the image sizes of evaluation."""
-        return hashlib.sha256(f"{self.files_digest} {self.resize} {self.image_size}".encode()).hexdigest()
+    def digest(self, files_digest: str) -> str:
+        """Hash the digest of the files and the image sizes of evaluation."""
+        return hashlib.sha256(f"{files_digest} {self.resize} {self.image_size}".encode()).hexdigest()
 
     def reader(self, split: Split, index: Tensor | None = None) -> Reader:
         """Return a reader of views for `train`, and of central crops for the other splits."""
@@ -304,8 +314,9 @@ class FolderData(ImageData):
             return TrainingReader(
                 labels=self.train_labels,
                 augmentation=self.augmentation,
-                partners=self.train_index,
-                unlabelled_partners=self.unlabelled_index,
+                partners=self._by_block(self.train_index),
+                unlabelled_partners=self._by_block(self.unlabelled_index),
+                blocks=self.blocks,
                 views_per_image=self.views_per_image,
                 seed=self.seed,
                 fixed_views=self.fixed_views,
@@ -316,6 +327,9 @@ class FolderData(ImageData):
                 flip=self.flip,
             )
         return EvaluationReader(self.photos[split], self.source.labels(split), index, self.resize, self.image_size)
+
+    def _by_block(self, index: Tensor) -> Tensor:
+        return index if self.blocks is None else index[self.blocks[index].argsort(stable=True)]
 
     @property
     def views_name(self) -> str:

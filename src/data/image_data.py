@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.common.errors import UserError
 from src.data.augmentation import Augmentation
 from src.data.source import Source, Split, distinct_names
-from src.data.views import SPLIT_STREAM, WRONG_LABELS, epoch_order, random_bits, uniform
+from src.data.views import (
+    LABELLED_PASS,
+    SPLIT_STREAM,
+    UNLABELLED_PASS,
+    WRONG_LABELS,
+    epoch_order,
+    random_bits,
+    uniform,
+)
 
 STANDARD = Augmentation()
 PURPOSES = {"train": "training", "unlabelled": "unlabelled training", "val": "validation", "test": "test"}
@@ -129,12 +137,21 @@ class MixedBatches(EpochBatches):
     """Sampler of training batches that hold images with and without labels, in the same proportion.
 
     A global batch has `unlabelled_per_batch` images of the positions `unlabelled`. The others are as described in
-    `EpochBatches`. The epoch ends when one kind no longer fills a batch. Each epoch draws both kinds anew.
+    `EpochBatches`. An epoch reads the images of one kind once, up to a rest that fills no batch. Those of the other
+    kind, which are fewer in proportion, are read again in a new order whenever all have been read.
+    `unlabelled_blocks` are the storage blocks of `unlabelled`.
     """
 
-    def __init__(self, *arguments: Any, unlabelled: Tensor, unlabelled_per_batch: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        unlabelled: Tensor,
+        unlabelled_per_batch: int,
+        unlabelled_blocks: Tensor | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.unlabelled = unlabelled.to(self.device)
+        self.unlabelled, self.unlabelled_blocks = unlabelled.to(self.device), unlabelled_blocks
         self.sizes = (self.batch_size - unlabelled_per_batch, unlabelled_per_batch)
 
     @property
@@ -144,17 +161,24 @@ class MixedBatches(EpochBatches):
 
     def __len__(self) -> int:
         available = (self.size, len(self.unlabelled))
-        return min(count // size for count, size in zip(available, self.sizes, strict=True) if size)
+        fills = [count // size for count, size in zip(available, self.sizes, strict=True) if size]
+        return max(fills) if min(fills) else 0
 
     def _batches(self) -> Sequence[Tensor]:
-        assert self.seed is not None
         assert self.index is not None
-        kinds = ((self.index, self.blocks), (self.unlabelled, None))
-        parts = []
-        for (index, blocks), size in zip(kinds, self.sizes, strict=True):
-            order = epoch_order(self.seed, self.epoch, len(index), blocks, self.device)
-            parts.append(index[order[: len(self) * size]].view(len(self), size))
-        return torch.cat(parts, dim=1).unbind()
+        labelled = self._read(self.index, self.blocks, self.sizes[0], LABELLED_PASS)
+        unlabelled = self._read(self.unlabelled, self.unlabelled_blocks, self.sizes[1], UNLABELLED_PASS)
+        return torch.cat([labelled, unlabelled], dim=1).unbind()
+
+    def _read(self, index: Tensor, blocks: Tensor | None, size: int, stream: int) -> Tensor:
+        """Draw the positions of one kind in all batches of the epoch, [batches, size], in as many passes as needed."""
+        assert self.seed is not None
+        wanted = len(self) * size
+        passes = [
+            index[epoch_order(self.seed, self.epoch, len(index), blocks, self.device, stream + number)]
+            for number in range(-(-wanted // max(len(index), 1)))
+        ]
+        return torch.cat([index[:0], *passes])[:wanted].view(len(self), size)
 
 
 class ImageData(L.LightningDataModule):
@@ -358,6 +382,11 @@ class ImageData(L.LightningDataModule):
         return self.source.val_labels is not None
 
     @property
+    def labelled_digest(self) -> str:
+        """Hash of the content without the images that have no label, which the training of a teacher leaves out."""
+        return self.source.labelled_digest or self.source.digest
+
+    @property
     def validates_on(self) -> Literal["val", "test"]:
         """The split that is evaluated after each epoch: the test set if there are no validation images."""
         return "val" if self.split_size("val") else "test"
@@ -384,7 +413,7 @@ class ImageData(L.LightningDataModule):
 
         Raises `UserError` if the images are too few to train on with this number of devices.
         """
-        rest = {"unlabelled": "whose labels are not used"} if self.unlabelled == "rest" else {}
+        rest = {"unlabelled": "with the labels of the rest unread"} if self.unlabelled == "rest" else {}
         validation, places = self.split_size("val"), {"val": "held out of them", **self.source.places, **rest}
         sizes = {
             "train": len(self.train_index),
@@ -414,6 +443,8 @@ class ImageData(L.LightningDataModule):
         without = self.unlabelled_per_batch
         if not without:
             return []
+        if not len(self.train_index):
+            return ["No training image has a label, so cross-entropy trains nothing."]
         kinds = f"{self.batch_size - without} images with and {without} without labels"
         return [f"Each of the {self.count_training_batches():,} batches of an epoch has {kinds}."]
 
@@ -475,6 +506,7 @@ class ImageData(L.LightningDataModule):
             self.batch_size,
             unlabelled=self.unlabelled_index,
             unlabelled_per_batch=without,
+            unlabelled_blocks=None if self.blocks is None else self.blocks[self.unlabelled_index],
             **self._order(rank, world_size),
         )
         if not len(batches):

@@ -39,7 +39,9 @@ class MixUp:
     def __call__(self, images: Tensor, partners: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Mix as described in `Mixing`."""
         share = draw_beta(self.alpha, bits)
-        return torch.lerp(partners.float(), images.float(), share[:, None, None, None]).round().byte(), share
+        weight = (share * QUANTILES).int()[:, None, None, None]  # integers, so that all devices round alike
+        mixed = weight * images.int() + (QUANTILES - weight) * partners.int()
+        return ((mixed + QUANTILES // 2) // QUANTILES).byte(), share
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class CutMix:
 def draw_beta(alpha: float, bits: Tensor) -> Tensor:
     """Draw a number from Beta(alpha, alpha) for each of the `bits` [B], float32 in [0, 1].
 
-    It is one of 65,536 quantiles, so that all devices draw the same number.
+    It is one of 65,536 quantiles, rounded to a multiple of 1 / 65,536, so that all devices draw the same number.
     """
     return _quantiles(alpha).to(bits.device)[(uniform(bits, FIRST_DRAW) * QUANTILES).long()]
 
 
 @lru_cache
 def _quantiles(alpha: float) -> Tensor:
-    return torch.from_numpy(betaincinv(alpha, alpha, (np.arange(QUANTILES) + 0.5) / QUANTILES)).float()
+    exact = torch.from_numpy(betaincinv(alpha, alpha, (np.arange(QUANTILES) + 0.5) / QUANTILES))
+    return ((exact * QUANTILES).round() / QUANTILES).float()
 
 
 def _inside(draw: Tensor, side: Tensor, length: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The folders of a data set of photos: which one is which split, and the files in them."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from src.common.errors import UserError
 from src.data.photos import SUFFIXES
 
+UNLABELLED_PLACE = "unlabelled:/"
+"""The `place` of the photos without labels. It does not depend on where their folder is."""
 NAMED = 3
 """The number of files or classes that a message names."""
 
@@ -58,7 +61,7 @@ def split_folders(
     Without `needs_train`, a missing train/ is left out. Raises `UserError` if a folder has no class folders, or if one
     folder is named for two splits.
     """
-    is_left_out = not (needs_train or train or class_folders(root / "train"))
+    is_left_out = not (needs_train or train or (root / "train").exists())
     train = train or "train"
     labelled = [name for name in ("val", "test") if _is_labelled(root / name, class_folders(root / train))]
     if val is None and test is None:
@@ -143,15 +146,9 @@ def list_unlabelled(folder: Path, splits: Mapping[str, Path]) -> Listing:
 
     Raises `UserError` if there are none, or if the folder lies within the folder of a split, or the other way round.
     """
-    own = folder.resolve()
-    for split in splits.values():
-        if own.is_relative_to(split.resolve()) or split.resolve().is_relative_to(own):
-            raise UserError(
-                f"data.unlabelled={folder} and {split} share photos, but they must not: choose a folder beside it."
-            )
-    listing = Listing(folder, os.path.join(folder, ""), {"": []}, [])
+    listing = Listing(folder, UNLABELLED_PLACE, {"": []}, [])
     try:
-        _list_files(str(folder), len(listing.place), listing.classes[""], listing.skipped)
+        _list_files(str(folder), len(str(folder)) + 1, listing.classes[""], listing.skipped)
     except OSError as error:
         raise UserError(
             f"data.unlabelled={folder} cannot be read ({error.strerror}): set it to a folder of photos, or to rest."
@@ -159,6 +156,12 @@ def list_unlabelled(folder: Path, splits: Mapping[str, Path]) -> Listing:
     if not listing.files:
         raise UserError(f"There are no photos in data.unlabelled={folder} ({', '.join(sorted(SUFFIXES))}): add some.")
     listing.classes[""].sort()
+    visited = {os.path.dirname(os.path.join(folder, file.name)) for file in listing.files}
+    for own, split in itertools.product(sorted({str(folder), *visited}), splits.values()):
+        if Path(own).resolve().is_relative_to(split.resolve()):  # links are followed
+            raise UserError(
+                f"data.unlabelled={folder} and {split} share photos, but they must not: choose a folder beside it."
+            )
     return listing
 
 

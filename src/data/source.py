@@ -27,6 +27,8 @@ class Source:
     """The superclass number of each class."""
     digest: str
     """Hash of the content."""
+    labelled_digest: str | None = None
+    """Hash of the content without the images that have no label, if they can be told apart. None: `digest`."""
     places: Mapping[str, str] = field(default_factory=dict)
     """By split, where its images are. Empty if that is no question."""
     notes: tuple[str, ...] = ()

@@ -202,7 +202,7 @@ class StreamData(FolderData):
             val_labels=_labels(index["val_labels"]) if "val" in shards else None,
             test_labels=_labels(index["test_labels"]),
             class_names=tuple(str(name) for name in index["class_names"]),
-            digest=self.digest(),
+            digest=self.digest(self.files_digest),
             places={split: f"{self.root.rstrip('/')}/{split}-*.tar" for split in splits},
         )
 

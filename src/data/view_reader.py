@@ -1,7 +1,7 @@
 """Views of training images that are made when the images are read: photos, policies and mixing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class ViewReader(Reader):
     views_per_image: int
     seed: int
     fixed_views: int | None
+    blocks: Tensor | None = field(default=None, kw_only=True)
+    """[N] int64, the storage block of each position. With it, the partner of an image is in the image's block, and the
+    positions of partners are ordered by block."""
 
     def crops(self, index: Tensor, bits: Sequence[Tensor]) -> list[Tensor]:
         """Read the images at `index` [B] and crop and flip each by the `bits` [B] of each view.
@@ -79,6 +82,12 @@ class ViewReader(Reader):
         """Draw the position of another image of the same kind, with or without a label, for each image."""
         draw, chosen = uniform(bits, PARTNER), torch.empty_like(samples.index)
         for pool, of_kind in ((self.partners, samples.target >= 0), (self.unlabelled_partners, samples.target < 0)):
-            if len(pool):
-                chosen = torch.where(of_kind, pool[(draw * len(pool)).long()], chosen)
+            if not len(pool):
+                continue
+            first, end = torch.zeros_like(samples.index), torch.full_like(samples.index, len(pool))
+            if self.blocks is not None:
+                stored, block = self.blocks[pool], self.blocks[samples.index]
+                first, end = (torch.searchsorted(stored, block, right=right) for right in (False, True))
+            place = first + (draw * (end - first)).long()
+            chosen = torch.where(of_kind, pool[place.clamp(max=len(pool) - 1)], chosen)
         return chosen

@@ -29,6 +29,10 @@ WRONG_LABELS = (1 << 20) + 3
 """The choice of wrong labels."""
 PEER_STREAM = 1 << 21
 """The initial weights of further students."""
+LABELLED_PASS = 1 << 22
+"""Pass number p over the images with labels in an epoch that also has images without, has stream LABELLED_PASS + p."""
+UNLABELLED_PASS = 1 << 23
+"""The same for the images without labels."""
 
 
 def random_bits(seed: int, epoch: int, index: Tensor, stream: int) -> Tensor:
@@ -85,7 +89,12 @@ BLOCKS_AT_ONCE = 16
 
 
 def epoch_order(
-    seed: int, epoch: int, count: int, blocks: Tensor | None = None, device: torch.device | None = None
+    seed: int,
+    epoch: int,
+    count: int,
+    blocks: Tensor | None = None,
+    device: torch.device | None = None,
+    stream: int = ORDER,
 ) -> Tensor:
     """Draw the permutation of 0 .. count - 1 for an epoch, [count] int64, on `device` (None: the CPU).
 
@@ -93,7 +102,7 @@ def epoch_order(
     order, each spread over a stretch of BLOCKS_AT_ONCE blocks. Each block is then needed only once per epoch, for a
     short time.
     """
-    bits = random_bits(seed, epoch, torch.arange(count, device=device), ORDER)
+    bits = random_bits(seed, epoch, torch.arange(count, device=device), stream)
     if blocks is None:
         return torch.argsort(bits, stable=True)
     stored, block_of = blocks.unique(return_inverse=True)

@@ -31,6 +31,7 @@ class Combined(Method):
         self.needs_teacher = main.needs_teacher or also.needs_teacher
         self.distils = main.distils or also.distils
         self.needs_labels = main.needs_labels or also.needs_labels
+        self.needs_unmixed = main.needs_unmixed or also.needs_unmixed
         self.reads_teacher = main.reads_teacher or also.reads_teacher
         self.needs_features = main.needs_features or also.needs_features
         self.needs_preactivations = main.needs_preactivations or also.needs_preactivations

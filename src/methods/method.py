@@ -14,7 +14,8 @@ A method may also ask for
 
 - features of both networks: `needs_features = True`, and `needs_preactivations = True` for features before their ReLU;
 - several augmented views of each image: `views_per_image = 2`;
-- the labelled class of each image, and not the teacher's prediction for mixed images: `needs_labels = True`;
+- the labelled class of each image, and not the teacher's prediction for mixed images and images without a label:
+  `needs_labels = True`. A method without any distillation sets `distils = False`;
 - parameters and buffers of its own, such as adapters or a memory bank: it makes them in `allocate`, which knows the
   sizes of both networks. They join the optimiser, the checkpoints and the device because they are part of the method;
 - stages that are trained before the main one: `stages`;
@@ -235,6 +236,8 @@ class Method(nn.Module):
     needs_labels = False
     """True if a term other than cross-entropy is only right for the labelled class of an unmixed image. The other terms
     take the class that the teacher predicts where there is no such label."""
+    needs_unmixed = False
+    """True if a term takes the label of the first view for all views. Views are mixed independently."""
     distils = True
     """False if all terms are cross-entropy, so that images without a label cannot take part."""
     reads_teacher = True
@@ -307,7 +310,11 @@ class LogitMethod(Method):
         """Compute cross-entropy on the student's own logits, and the distillation terms."""
         # Cross-entropy comes first, so that its gradient comes last: the tensors that distillation keeps for its
         # backward pass have been freed by then.
-        return {"cross_entropy": cross_entropy(batch), **self.distillation(logits, batch)}
+        return {"cross_entropy": self.label_loss(batch), **self.distillation(logits, batch)}
+
+    def label_loss(self, batch: Batch) -> Tensor:
+        """Return the term `cross_entropy`: that of the labels on the student's own logits for the first view."""
+        return cross_entropy(batch)
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:

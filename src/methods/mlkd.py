@@ -10,20 +10,21 @@ samples are a device's share of the batch.
 
 The released code (Jin-Ying/Multi-Level-Logit-Distillation) differs from the paper:
 
-- It trains on two views, the second with RandAugment: `strong_view`, with the augmentation `weak_and_strong`.
+- It trains on two views, the second with RandAugment. `views=2` with the augmentation `weak_and_strong` does so too.
 - It multiplies the averaged terms by the mean of a mask over samples or classes of low confidence. This mean is a
   constant near 0.5.
 - Two of five terms of the second view use the first view's logits.
 - The batch and class terms of the second view are computed and dropped.
 - Its numbers for some pairs come from 480 or 960 epochs.
 
-This file does none of the rest, so do not expect the numbers of the released code.
+Except for the views, this file does none of this, so do not expect the numbers of the released code.
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from src.methods.features import exact_products
@@ -48,7 +49,7 @@ def class_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 class MLKD(LogitMethod):
     """cross_entropy_weight * CE + kd_weight * (instance + batch + class), each summed over the temperatures.
 
-    With `strong_view`, there are two views of each image, and all terms are summed over them.
+    With two `views` of each image, all terms are summed over them.
     """
 
     def __init__(
@@ -57,11 +58,10 @@ class MLKD(LogitMethod):
         cross_entropy_weight: float,
         kd_weight: float,
         temperatures: Sequence[PositiveFloat],
-        strong_view: bool = False,
+        views: Annotated[int, Field(ge=1, le=2)] = 1,
     ) -> None:
         super().__init__()
-        self.strong_view = self.needs_labels = strong_view  # mixed views would have two labels
-        self.views_per_image = 2 if strong_view else 1
+        self.views_per_image, self.needs_unmixed = views, views > 1
         self.cross_entropy_weight = cross_entropy_weight
         self.kd_weight = kd_weight
         self.temperatures = tuple(temperatures)
@@ -69,17 +69,17 @@ class MLKD(LogitMethod):
     def weights(self, epoch: int) -> dict[str, float]:
         """Return constant weights."""
         levels = dict.fromkeys(("instance", "batch", "class"), self.kd_weight)
-        strong = {"strong_cross_entropy": self.cross_entropy_weight} if self.strong_view else {}
-        return {"cross_entropy": self.cross_entropy_weight, **strong, **levels}
+        return {"cross_entropy": self.cross_entropy_weight, **levels}
+
+    def label_loss(self, batch: Batch) -> Tensor:
+        """Return cross-entropy, summed over the views."""
+        return torch.stack([cross_entropy(batch, view.student.logits) for view in batch.views]).sum()
 
     def distillation(self, logits: DistillationLogits, batch: Batch) -> dict[str, Tensor]:
-        """Return the three levels, each summed over the temperatures, and cross-entropy on the strong view."""
+        """Return the three levels, each summed over the views and the temperatures."""
         levels = {"instance": kd_loss, "batch": batch_loss, "class": class_loss}
         pairs = [(logits.of_view(view), T) for view in range(self.views_per_image) for T in self.temperatures]
-        terms = {
+        return {
             name: torch.stack([loss(student, teacher, T) for (student, teacher), T in pairs]).sum()
             for name, loss in levels.items()
         }
-        if self.strong_view:
-            terms["strong_cross_entropy"] = cross_entropy(batch, batch.views[1].student.logits)
-        return terms

@@ -69,9 +69,23 @@ def make_data(cfg: DictConfig, views_per_image: int = 1, reads_unlabelled: bool 
     return data
 
 
+def make_data_for(cfg: DictConfig, method: Method) -> ImageData:
+    """Make the data module that a method trains on, and load it."""
+    return make_data(cfg, method.views_per_image, method.distils)
+
+
 def make_augmentation(cfg: DictConfig) -> Augmentation:
-    """Make the augmentation of training images. Raises `UserError` if an option of its policy or mixing is invalid."""
+    """Make the augmentation of training images.
+
+    Raises `UserError` if an option of its policy or mixing is invalid, or if there is no policy to which
+    `policy_from_view` could apply.
+    """
     options = cfg.augmentation
+    if options.policy_from_view and not options.policy:
+        raise UserError(
+            f"augmentation.policy_from_view={options.policy_from_view} needs a policy: choose "
+            "augmentation=weak_and_strong, or leave it out."
+        )
     return Augmentation(
         crop_and_flip=options.crop_and_flip,
         policy=instantiate(options.policy, "augmentation.policy") if options.policy else None,
@@ -100,16 +114,7 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
             f"serialization.start=teacher does not fit method={cfg.method.name}, which has no teacher: choose "
             "serialization.start=identity."
         )
-    if method.needs_labels and data.augmentation.mixing is not None:
-        raise UserError(
-            f"method={method_name(cfg)} needs the label of each image, but augmentation={cfg.augmentation.name} mixes "
-            "the labels: choose another augmentation."
-        )
-    if method.needs_labels and len(data.unlabelled_index):
-        raise UserError(
-            f"method={method_name(cfg)} needs the label of each image, but {len(data.unlabelled_index):,} training "
-            "images have none: choose another method, or set data.unlabelled_share=0 to leave them out."
-        )
+    check_training_images(cfg, data, method)
     if cfg.standardize_logits and not method.distils_logits:
         raise UserError(
             f"method={cfg.method.name} has no logit term on which standardize_logits=true could act: set it to false."
@@ -117,6 +122,32 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
     if for_training and cfg.winograd:
         use_winograd(student.network, frozen=False)
     return Parts(student, method, serialization, recipe)
+
+
+def check_training_images(cfg: DictConfig, data: ImageData, method: Method) -> None:
+    """Raise `UserError` if the method cannot train on views like those of the data, or without labels."""
+    name, augmentation = method_name(cfg), data.augmentation
+    if (method.needs_labels or method.needs_unmixed) and augmentation.mixing is not None:
+        raise UserError(
+            f"method={name} needs the label of each image, but augmentation={cfg.augmentation.name} mixes the labels: "
+            "choose another augmentation."
+        )
+    if augmentation.policy_from_view >= method.views_per_image:
+        raise UserError(
+            f"augmentation.policy_from_view={augmentation.policy_from_view} leaves all views of method={name} without "
+            f"the policy, because it has {method.views_per_image}: choose augmentation=randaugment, or a method with "
+            "more views."
+        )
+    if method.needs_labels and len(data.unlabelled_index):
+        raise UserError(
+            f"method={name} needs the label of each image, but {len(data.unlabelled_index):,} training images have "
+            "none: choose another method, or set data.unlabelled_share=0 to leave them out."
+        )
+    if not len(data.train_index) and not (method.needs_teacher and method.reads_teacher):
+        raise UserError(
+            f"method={name} learns from labels in its main stage, but no training image has one: choose a method whose "
+            "main stage reads the teacher, such as kd."
+        )
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:

@@ -67,8 +67,8 @@ def random_views(data: ImageData, images: int = IMAGES) -> Samples:
     If there are images without labels, every other image is one of them.
     """
     generator = torch.Generator().manual_seed(0)
-    without = len(data.unlabelled_index[: images // 2])
-    index = torch.cat([data.train_index[: images - without], data.unlabelled_index[:without]])
+    labelled = data.train_index[: images - len(data.unlabelled_index[: images // 2])]
+    index = torch.cat([labelled, data.unlabelled_index[: images - len(labelled)]])
     shape = (len(index), *data.image_shape)
     views = tuple(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(data.views_per_image)

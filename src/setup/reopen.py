@@ -26,7 +26,7 @@ from src.data.imagenet import english_names
 from src.models.checkpoints import read_facts
 from src.runs.checkpointing import checkpoint_file, read_checkpoint
 from src.runs.result import Result, RunRecord, TeacherFacts, read_record
-from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
+from src.setup.assemble import make_data_for, make_distiller, make_method, make_parts, prepare
 from src.setup.networks import make_network
 from src.teachers.answers import Answers, answers_file
 from src.teachers.class_order import are_stated
@@ -135,7 +135,7 @@ def _check_class_names(option: str, stated: Sequence[str] | None, data: ImageDat
 def _open_untrained(cfg: DictConfig, folder: Path | None) -> Opened:
     """Make the module and the data of a configuration. `folder` is the folder of its run, if there is one."""
     method = make_method(cfg)
-    data = make_data(cfg, method.views_per_image)
+    data = make_data_for(cfg, method)
     parts = make_parts(cfg, data, method)
     teacher, predictions = _stored_teacher(cfg, data, folder) if folder and needs_teacher(cfg) else (None, {})
     return Opened(cfg, make_distiller(cfg, data, parts, teacher, predictions), data)
@@ -164,6 +164,9 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
             cfg.data.root = data_root
         if data_path:
             cfg.data.path = data_path
+        unlabelled = cfg.data.get("unlabelled")
+        if unlabelled not in (None, "rest") and not Path(unlabelled).expanduser().is_dir():
+            cfg.data.unlabelled = None  # photos that were only trained on
     return cfg
 
 

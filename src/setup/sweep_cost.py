@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from src.common.errors import UserError
 from src.config.names import needs_teacher
 from src.runs.identity import run_path
-from src.setup.assemble import make_data, make_distiller, make_method, make_parts, prepare
+from src.setup.assemble import make_data_for, make_distiller, make_method, make_parts, prepare
 from src.setup.teacher import make_untrained_teacher
 from src.training.fitting import make_trainer
 
@@ -78,7 +78,7 @@ def seconds_left(cfg: DictConfig) -> float:
     method = make_method(cfg)
     if (run_path(cfg) / "result.json").is_file():
         return 0.0
-    data = make_data(cfg, method.views_per_image)
+    data = make_data_for(cfg, method)
     parts = make_parts(cfg, data, method, for_training=True)
     teacher = make_untrained_teacher(cfg, data) if needs_teacher(cfg) else None
     distiller = make_distiller(cfg, data, parts, teacher)

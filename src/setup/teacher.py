@@ -115,7 +115,7 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
 
 def _check_stated_data(cfg: DictConfig, data: ImageData, path: Path, stated: str | None) -> None:
     """Raise `UserError` if a file that was found by the name of the data states the digest of other data."""
-    if stated is None or cfg.teacher.path is not None or stated == data.source.digest:
+    if stated is None or cfg.teacher.path is not None or stated in (data.source.digest, data.labelled_digest):
         return
     raise UserError(
         f"{path} was trained on other data that is called {cfg.data.name} too, or at another image size: rename this "

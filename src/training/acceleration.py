@@ -12,7 +12,7 @@ from lightning import Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from src.methods.method import Batch, DistillationLogits, LogitMethod, Method, cross_entropy
+from src.methods.method import Batch, DistillationLogits, LogitMethod, Method
 from src.models.network import Output
 
 KERNELS = ("fused", "foreach")
@@ -30,7 +30,7 @@ def compiled_terms(method: Method) -> Terms:
     distillation = torch.compile(method.distillation, dynamic=False)
 
     def all_terms(batch: Batch, logits: DistillationLogits) -> Mapping[str, Tensor]:
-        return {"cross_entropy": cross_entropy(batch), **distillation(logits, _with_plain_outputs(batch))}
+        return {"cross_entropy": method.label_loss(batch), **distillation(logits, _with_plain_outputs(batch))}
 
     return all_terms
 

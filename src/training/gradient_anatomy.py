@@ -42,10 +42,12 @@ def anatomy(
     """
     if not batch.student.logits.requires_grad:
         return {}
+    # Without a teacher, an image without a label has no target: the student's prediction stands for it.
+    target = torch.where(batch.target < 0, batch.student.logits.argmax(dim=1), batch.target)
     at_own, at_distilled = _gradients_at_logits(weighted_terms, batch.student.logits, logits.student)
     found: dict[str, Tensor] = {}
     for name, gradient in {**at_own, **at_distilled}.items():
-        pull = gradient.gather(1, batch.target[:, None]).squeeze(1)
+        pull = gradient.gather(1, target[:, None]).squeeze(1)
         found[f"{name}/target"] = pull.mean()
         found[f"{name}/others"] = (gradient.abs().sum(dim=1) - pull.abs()).mean()
         if name in at_own:

@@ -98,14 +98,9 @@ def test_the_draws_are_not_those_of_a_crop() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("augmentation.policy.strength=31", "augmentation.policy.strength=31 does not fit: input should be less than"),
-        ("augmentation.policy.operations=0", "augmentation.policy.operations=0 does not fit: input should be greater"),
-    ],
+    ("option", "reason"), [("strength=31", "input should be less than 31"), ("operations=0", "greater than 0")]
 )
-def test_a_value_out_of_range_is_one_sentence(option: str, message: str) -> None:
-    cfg = configure("augmentation=randaugment", option)
-    with pytest.raises(UserError) as raised:
+def test_a_value_out_of_range_is_one_sentence(option: str, reason: str) -> None:
+    cfg = configure("augmentation=randaugment", f"augmentation.policy.{option}")
+    with pytest.raises(UserError, match=rf"^augmentation\.policy\.{option} does not fit: .*{reason}\.$"):
         instantiate(cfg.augmentation.policy, "augmentation.policy")
-    assert message.split(":")[0].lower() in str(raised.value).lower()

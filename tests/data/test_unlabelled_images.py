@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from src.common.errors import UserError
 from src.data.array_data import ArrayData
@@ -20,7 +21,7 @@ from src.data.mixing import CutMix
 from src.data.stream_data import StreamData
 from tests.helpers.arrays import arrays
 from tests.helpers.batches import as_rank, batches, fit, images_by_index
-from tests.helpers.photo_folders import files, load
+from tests.helpers.photo_folders import files, load, picture
 
 Make = Callable[..., ArrayData]
 
@@ -99,6 +100,7 @@ def test_grey_and_transposed_images_without_labels_become_rgb(make_data: Make, t
     ("extra", "message"),
     [
         (np.zeros((4, 5, 5, 3), np.uint8), r"unlabelled_images \[5, 5\]: resize all images to one size"),
+        (np.array(5, np.uint8), r"unlabelled_images must be uint8 \[N, H, W, 3\], but they are uint8 \[\]"),
         (np.zeros((4, 8, 8, 3), np.float32), r"unlabelled_images must be uint8 \[N, H, W, 3\], but they are float32"),
     ],
 )
@@ -170,7 +172,7 @@ def test_joined_photos_keep_their_order() -> None:
 # Batches
 
 
-@pytest.mark.parametrize(("share", "without", "count"), [(None, 10, 3), (0.5, 8, 2), (0.9, 14, 2), (0.01, 1, 1)])
+@pytest.mark.parametrize(("share", "without", "count"), [(None, 10, 3), (0.5, 8, 3), (0.9, 14, 9), (0.01, 1, 30)])
 def test_each_batch_has_both_kinds_in_the_same_proportion(
     make_data: Make, share: float | None, without: int, count: int
 ) -> None:
@@ -184,14 +186,33 @@ def test_each_batch_has_both_kinds_in_the_same_proportion(
     assert said in data.notes()
 
 
-def test_an_epoch_reads_no_image_twice_and_epochs_read_all(make_data: Make) -> None:
-    data = loaded(make_data(val_size=12, train_size=18, unlabelled="rest", unlabelled_share=0.5))
-    seen: set[int] = set()
-    for epoch in range(30):
-        read = torch.cat([batch.index for batch in batches(data.train_dataloader(), epoch)]).tolist()
-        assert len(read) == len(set(read)) == 32
-        seen |= set(read)
-    assert seen == {*data.train_index.tolist(), *data.unlabelled_index.tolist()}
+def test_an_epoch_reads_one_kind_once_and_the_other_in_several_passes(make_data: Make) -> None:
+    data = loaded(make_data(val_size=12, train_size=6, unlabelled="rest", unlabelled_share=0.75))
+    assert kinds(data) == [(4, 12)] * 3
+    orders = set()
+    for epoch in range(2):
+        read = torch.cat([batch.index for batch in batches(data.train_dataloader(), epoch)])
+        with_label = read[torch.isin(read, data.train_index)]
+        without = read[torch.isin(read, data.unlabelled_index)]
+        assert len(without.unique()) == len(without) == 36
+        assert (with_label[:6].unique() == data.train_index).all()
+        assert (with_label[6:].unique() == data.train_index).all()
+        orders |= {tuple(with_label[:6].tolist()), tuple(with_label[6:].tolist())}
+    assert len(orders) == 4  # each pass of each epoch has an order of its own
+
+
+def test_images_of_both_kinds_meet_by_chance(make_data: Make) -> None:
+    data = loaded(make_data(val_size=12, train_size=24, unlabelled="rest"))
+    met = torch.zeros(60, 60)
+    epochs = 200
+    for epoch in range(epochs):
+        for share in data.train_dataloader().batch_sampler:
+            positions = torch.tensor(share.positions)
+            met[positions[:, None], positions] += 1
+        data.first_batch = (epoch + 1, 0)
+    together = met[data.train_index[:, None], data.unlabelled_index] / epochs
+    assert together.mean() == pytest.approx(1 / 3, abs=0.01)
+    assert (together - 1 / 3).abs().max() < 0.16  # more than four standard errors
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -322,6 +343,60 @@ def test_batches_that_cannot_be_filled_are_refused(make_data: Make, options: dic
     with pytest.raises(UserError) as caught:
         data.notes()
     assert str(caught.value) == sentence
+
+
+def test_a_link_to_test_photos_is_refused(folder: Path, loose: Path) -> None:
+    (loose / "more").symlink_to(folder / "val")
+    with pytest.raises(UserError, match=rf"{re.escape(str(folder / 'val'))} share photos, but they must not"):
+        load(folder, unlabelled=str(loose))
+
+
+def test_a_namesake_does_not_hide_a_damaged_photo(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(folder, tmp_path / "root"))
+    shutil.copytree(folder / "train", tmp_path / "train")
+    (root / "train" / "ant" / "a.jpg").write_bytes(b"damaged")
+    monkeypatch.chdir(tmp_path)  # both photos are train/ant/a.jpg, below root and below the working directory
+    with pytest.raises(UserError, match=r"1 of 99 photos cannot be read: train/ant/a\.jpg"):
+        load(root, unlabelled="train")
+
+
+def test_the_digest_does_not_depend_on_where_the_folder_is(
+    folder: Path, loose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1, 40, 30).save(loose / "turned.jpg", exif=exif)
+    first = load(folder, unlabelled=str(loose))
+    moved = Path(shutil.copytree(loose, tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    second, third = (load(folder, unlabelled=str(path)) for path in (moved, "elsewhere"))
+    plain = load(folder)
+    assert first.source.digest == second.source.digest == third.source.digest != plain.source.digest
+    assert first.labelled_digest == plain.labelled_digest == plain.source.digest
+
+
+def test_unlabelled_photos_that_all_fail_are_reported(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^No photo in data\.unlabelled=.*bad can be read"):
+        load(folder, unlabelled=str(tmp_path / "bad"), skip_corrupt=True)
+
+
+def test_shards_are_read_in_order_for_both_kinds_and_partners_are_near(shards: Path) -> None:
+    data = load(
+        shards, StreamData, train_size=12, unlabelled="rest", batch_size=6, augmentation=Augmentation(mixing=CutMix())
+    )
+    reader: Any = data.reader("train")
+    reader.labels = torch.arange(len(data.source.train_labels))  # so that a label names a photo
+    reader.labels[data.unlabelled_index] *= -1
+    for share in data.train_dataloader().batch_sampler:
+        batch = reader[share]
+        assert torch.equal(data.blocks[batch.index], data.blocks[batch.other_target.abs()])
+    blocks = data.blocks[data.unlabelled_index]
+    batches_of: Any = data.train_dataloader().batch_sampler
+    assert torch.equal(batches_of.unlabelled_blocks, blocks)
 
 
 def test_folders_that_do_not_fit_are_refused(folder: Path, shards: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from src.setup.assemble import (
     Parts,
     balanced_weights,
     make_data,
+    make_data_for,
     make_distiller,
     make_method,
     make_optimizer,
@@ -92,9 +93,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("augmentation", ["mixup", "cutmix"])
-@pytest.mark.parametrize(
-    "method", [("crd",), ("tfkd",), ("mlkd", "method.strong_view=true"), ("kd", "method@also=crd")]
-)
+@pytest.mark.parametrize("method", [("crd",), ("tfkd",), ("mlkd", "+method.views=2"), ("kd", "method@also=crd")])
 def test_a_method_that_needs_labels_refuses_mixed_images(
     tmp_path: Path, augmentation: str, method: tuple[str, ...]
 ) -> None:
@@ -109,6 +108,49 @@ def test_a_method_that_needs_labels_refuses_mixed_images(
     with pytest.raises(UserError) as caught:
         make_parts(cfg, make_data(cfg, made.views_per_image), made)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ("method=kd", "augmentation=weak_and_strong"),
+            "augmentation.policy_from_view=1 leaves all views of method=kd without the policy, because it has 1: "
+            "choose augmentation=randaugment, or a method with more views.",
+        ),
+        (
+            ("method=kd", "augmentation.policy_from_view=1"),
+            "augmentation.policy_from_view=1 needs a policy: choose augmentation=weak_and_strong, or leave it out.",
+        ),
+        *(
+            (
+                (f"method={method}", "data.train_size=0", "data.unlabelled=rest"),
+                f"method={method} learns from labels in its main stage, but no training image has one: choose a method "
+                "whose main stage reads the teacher, such as kd.",
+            )
+            for method in ("dml", "ab", "fsp")
+        ),
+    ],
+)
+def test_training_images_that_do_not_fit_the_method_are_refused(
+    tmp_path: Path, overrides: tuple[str, ...], sentence: str
+) -> None:
+    cfg = configure(*overrides, "model=resnet20_to_resnet8", "data=arrays")
+    cfg = changed(cfg, data__path=str(write_arrays(tmp_path / "tiny.npz")))
+    made = make_method(cfg)
+    with pytest.raises(UserError) as caught:
+        make_parts(cfg, make_data_for(cfg, made), made)
+    assert str(caught.value) == sentence
+
+
+def test_two_views_with_a_strong_one_fit_images_without_labels(tmp_path: Path) -> None:
+    options = ("method=mlkd", "+method.views=2", "augmentation=weak_and_strong", "data.train_size=12")
+    cfg = configure(*options, "data.unlabelled=rest", "model=resnet20_to_resnet8", "data=arrays")
+    cfg = changed(cfg, data__path=str(write_arrays(tmp_path / "tiny.npz")))
+    made = make_method(cfg)
+    data = make_data_for(cfg, made)
+    assert data.views_per_image == 2
+    make_parts(cfg, data, made)
 
 
 @pytest.mark.parametrize("method", ["crd", "tfkd"])
