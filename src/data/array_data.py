@@ -13,7 +13,8 @@ from torch import Tensor
 from src.common.devices import fits_in_memory
 from src.common.errors import UserError
 from src.data.array_file import ImageArrays, load_arrays
-from src.data.image_data import ImageData, Reader, Samples, Share
+from src.data.batches import Share
+from src.data.image_data import ImageData, Reader, Samples
 from src.data.source import Split
 from src.data.view_reader import ViewReader
 from src.data.views import crop_and_flip, draw_view, draw_views, view_count

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from src.common.errors import UserError
-from src.data.image_data import ImageData, Reader, Samples, Share
+from src.data.batches import Share
+from src.data.image_data import ImageData, Reader, Samples
 from src.data.photo_check import Checked, check_photos, describe_unreadable
 from src.data.photo_folders import (
     UNLABELLED_PLACE,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from src.data.augmentation import Augmentation
-from src.data.image_data import Reader, Samples, Share
+from src.data.batches import Share
+from src.data.image_data import Reader, Samples
 from src.data.mixing import Mixing
 from src.data.views import DrawnView, draw_view, further_bits, uniform
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from src.common.errors import UserError
 from src.common.files import atomic_write
-from src.data.image_data import ImageData, Share
+from src.data.batches import Share
+from src.data.image_data import ImageData
 from src.exporting.forms import BATCH, PRECISIONS, Classifier, Form, Predictor, load_form, write_form
 
 LIMITS = {"float32": (1e-4, 0.999), "float16": (0.02, 0.98), "bfloat16": (0.15, 0.9), "int8": (0.5, 0.8)}

@@ -10,7 +10,7 @@ import torch
 from src.common.errors import UserError
 from src.data.array_data import ArrayData, channel_statistics
 from src.data.array_file import save_arrays
-from src.data.image_data import Share
+from src.data.batches import Share
 from src.data.views import crop_and_flip, draw_views
 from tests.helpers.arrays import arrays
 from tests.helpers.batches import batches, indices_of

@@ -12,17 +12,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from src.common.errors import UserError
 from src.data.array_data import ArrayData
 from src.data.array_file import save_arrays
-from src.data.image_data import EpochBatches, Samples, _ignore_signals, with_wrong_labels
+from src.data.image_data import Samples, _ignore_signals, with_wrong_labels
 from src.runs.signals import SIGNALS
 from tests.helpers.arrays import arrays
-from tests.helpers.batches import as_rank, batches, fit, indices_of, positions
+from tests.helpers.batches import as_rank, batches, fit, indices_of
 from tests.helpers.tiny import tiny_data
 
 Make = Callable[..., ArrayData]
@@ -65,50 +63,6 @@ def test_several_devices_read_the_batches_of_one_device(make_data: Make, world_s
     for whole, *parts in zip(alone, *shares, strict=True):
         assert {len(part.target) for part in parts} == {len(whole.target) // world_size}
         assert torch.equal(indices_of(parts).sort().values, whole.index.sort().values)
-
-
-@settings(deadline=None)
-@given(size=st.integers(1, 70), per_device=st.integers(1, 9), world_size=st.integers(1, 4), epoch=st.integers(0, 3))
-def test_training_batches_are_divided_evenly_among_devices(
-    size: int, per_device: int, world_size: int, epoch: int
-) -> None:
-    shares = []
-    for rank in range(world_size):
-        share = EpochBatches(size, per_device * world_size, seed=5, rank=rank, world_size=world_size)
-        share.set_epoch(epoch)
-        shares.append(positions(share))
-        assert len(shares[-1]) == len(share)
-    for parts in zip(*shares, strict=True):
-        assert len({len(part) for part in parts}) == 1
-    read = [position for share in shares for batch in share for position in batch]
-    assert len(set(read)) == len(read) == size - size % world_size
-    assert set(read) <= set(range(size))
-
-
-@pytest.mark.parametrize(
-    ("size", "per_device", "world_size", "lengths"),
-    [
-        (65, 64, 1, [65]),
-        (129, 64, 1, [64, 65]),
-        (66, 64, 1, [64, 2]),
-        (64, 64, 1, [64]),
-        (66, 32, 2, [33]),
-        (67, 32, 2, [33]),
-        (68, 32, 2, [32, 2]),
-        (65, 32, 2, [32]),
-        (5, 1, 1, [1, 1, 1, 1, 1]),
-        (7, 1, 2, [1, 1, 1]),
-    ],
-)
-def test_no_device_trains_on_a_rest_of_one_image(
-    size: int, per_device: int, world_size: int, lengths: list[int]
-) -> None:
-    for rank in range(world_size):
-        share = EpochBatches(size, per_device * world_size, seed=5, rank=rank, world_size=world_size)
-        assert [len(batch) for batch in positions(share)] == lengths
-        assert len(share) == len(lengths)
-        resumed = EpochBatches(size, per_device * world_size, seed=5, rank=rank, world_size=world_size, done=1)
-        assert positions(resumed) == positions(share)[1:]
 
 
 def test_a_merged_batch_is_mentioned(make_data: Make) -> None:
@@ -159,18 +113,6 @@ def test_the_datas_own_validation_split_is_scored_after_each_epoch(make_data: Ma
     data.val_size = 12
     with pytest.raises(UserError, match=r"data.val_size=12 holds .* val_images has .* set data.val_size=0 to use them"):
         data.load()
-
-
-@settings(deadline=None)
-@given(size=st.integers(8, 70), batch_size=st.integers(8, 40), world_size=st.integers(1, 4))
-def test_evaluation_reads_every_image_once(size: int, batch_size: int, world_size: int) -> None:
-    shares = [EpochBatches(size, batch_size, seed=None, rank=rank, world_size=world_size) for rank in range(world_size)]
-    read = [positions(share) for share in shares]
-    assert {len(share) for share in read} == {len(share) for share in shares}
-    assert len({len(share) for share in read}) == 1, "a device with fewer batches would block the others"
-    assert sorted(position for share in read for batch in share for position in batch) == list(range(size))
-    if world_size == 1:
-        assert [position for batch in read[0] for position in batch] == list(range(size))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -15,8 +15,9 @@ from src.common.errors import UserError
 from src.data.array_data import ArrayData
 from src.data.array_file import save_arrays
 from src.data.augmentation import Augmentation
+from src.data.batches import MixedBatches, Share
 from src.data.folder_data import FolderPhotos, JoinedPhotos
-from src.data.image_data import ImageData, MixedBatches, Share
+from src.data.image_data import ImageData
 from src.data.mixing import CutMix
 from src.data.stream_data import StreamData
 from tests.helpers.arrays import arrays

@@ -9,8 +9,9 @@ import torch
 
 from src.data.array_data import ArrayData
 from src.data.augmentation import Augmentation
+from src.data.batches import Share
 from src.data.folder_data import FolderData
-from src.data.image_data import ImageData, Samples, Share
+from src.data.image_data import ImageData, Samples
 from src.data.mixing import CutMix, MixUp
 from src.data.policies import RandAugment, TrivialAugment
 from src.data.view_reader import PARTNER

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from src.data.array_data import ArrayData
-from src.data.image_data import EpochBatches, Samples
+from src.data.batches import EpochBatches
+from src.data.image_data import Samples
 
 
 def batches(loader: Any, epoch: int = 0) -> list[Samples]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
-from src.data.image_data import EpochBatches
+from src.data.batches import EpochBatches
 from src.methods.vanilla import Vanilla
 from src.runs.checkpointing import AtomicCheckpointIO, Checkpoints, newest_intact_checkpoint
 from src.runs.history import History, read_history

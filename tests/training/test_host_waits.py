@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.data.array_data import ArrayReader
-from src.data.image_data import EpochBatches, Samples
+from src.data.batches import EpochBatches
+from src.data.image_data import Samples
 from src.data.views import normalise
 from src.runs.history import History
 from src.teachers.device_view_store import DeviceViewStore
