@@ -34,7 +34,15 @@ from src.runs.history import read_history
 from src.runs.loggers import ForgivingLogger
 from src.runs.result import Result, RunRecord, TeacherFacts
 from src.runs.time_budget import OutOfTime, TimeBudget, describe_pause, time_budget
-from src.setup.assemble import balanced_weights, make_data_for, make_distiller, make_method, make_parts, prepare
+from src.setup.assemble import (
+    balanced_weights,
+    check_training_images,
+    make_data_for,
+    make_distiller,
+    make_method,
+    make_parts,
+    prepare,
+)
 from src.setup.dry_run import dry_run
 from src.setup.teacher import MeasuredTeacher, find_teacher, measure_teacher, teacher_places
 from src.teachers.teacher import Teacher
@@ -59,6 +67,7 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     data = make_data_for(cfg, method)
     check_search(cfg, data)
     check_keep_best(cfg, data)
+    check_training_images(cfg, data, method)
     parts = make_parts(cfg, data, method, for_training=True)
     # Reports a missing device early. It also measures the teacher, and knows whether this process is rank zero.
     probe = make_trainer(cfg, logger=False, enable_checkpointing=False)

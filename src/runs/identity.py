@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src.common.files import file_digest
 from src.common.secrecy import plain_config
@@ -74,10 +75,15 @@ def _without_marked(options: Any, schema: type) -> Any:
     """
     if options is None:
         return None
-    defaults: Any = OmegaConf.to_container(OmegaConf.structured(schema))
-    added = {name for name in marked(schema, "added") if options.get(name) == defaults[name]}
-    dropped = {*marked(schema, "no_effect"), *added}
+    added = [option for option in fields(schema) if option.metadata.get("added")]
+    unchanged = {option.name for option in added if options.get(option.name) == _default(option)}
+    dropped = {*marked(schema, "no_effect"), *unchanged}
     return {name: value for name, value in options.items() if name not in dropped}
+
+
+def _default(option: Field[Any]) -> Any:
+    """Return the default of an option as plain types. The default of a group is a dataclass."""
+    return option.default if option.default_factory is MISSING else asdict(option.default_factory())
 
 
 def run_path(cfg: DictConfig, decides: Mapping[str, Any] | None = None) -> Path:

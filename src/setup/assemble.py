@@ -114,7 +114,6 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
             f"serialization.start=teacher does not fit method={cfg.method.name}, which has no teacher: choose "
             "serialization.start=identity."
         )
-    check_training_images(cfg, data, method)
     if cfg.standardize_logits and not method.distils_logits:
         raise UserError(
             f"method={cfg.method.name} has no logit term on which standardize_logits=true could act: set it to false."

@@ -14,6 +14,7 @@ from src.methods.kd import KD
 from src.setup.assemble import (
     Parts,
     balanced_weights,
+    check_training_images,
     make_data,
     make_data_for,
     make_distiller,
@@ -106,7 +107,7 @@ def test_a_method_that_needs_labels_refuses_mixed_images(
         "another augmentation."
     )
     with pytest.raises(UserError) as caught:
-        make_parts(cfg, make_data(cfg, made.views_per_image), made)
+        check_training_images(cfg, make_data(cfg, made.views_per_image), made)
     assert str(caught.value) == sentence
 
 
@@ -139,7 +140,7 @@ def test_training_images_that_do_not_fit_the_method_are_refused(
     cfg = changed(cfg, data__path=str(write_arrays(tmp_path / "tiny.npz")))
     made = make_method(cfg)
     with pytest.raises(UserError) as caught:
-        make_parts(cfg, make_data_for(cfg, made), made)
+        check_training_images(cfg, make_data_for(cfg, made), made)
     assert str(caught.value) == sentence
 
 
@@ -150,7 +151,7 @@ def test_two_views_with_a_strong_one_fit_images_without_labels(tmp_path: Path) -
     made = make_method(cfg)
     data = make_data_for(cfg, made)
     assert data.views_per_image == 2
-    make_parts(cfg, data, made)
+    check_training_images(cfg, data, made)
 
 
 @pytest.mark.parametrize("method", ["crd", "tfkd"])
@@ -164,7 +165,7 @@ def test_a_method_that_needs_labels_refuses_images_without(tmp_path: Path, metho
         "choose another method, or set data.unlabelled_share=0 to leave them out."
     )
     with pytest.raises(UserError) as caught:
-        make_parts(cfg, data, made)
+        check_training_images(cfg, data, made)
     assert str(caught.value) == sentence
 
 

@@ -392,8 +392,9 @@ def test_the_facts_of_a_file_come_before_those_of_its_library(tmp_path: Path) ->
 
 
 def test_a_file_in_the_store_that_states_other_data_is_refused(tmp_path: Path) -> None:
-    data: Any = SimpleNamespace(**vars(DATA), source=SimpleNamespace(digest="a" * 64))
-    for digest, is_refused in (("a" * 64, False), ("b" * 64, True)):
+    source = SimpleNamespace(digest="a" * 64)
+    data: Any = SimpleNamespace(**vars(DATA), source=source, labelled_digest="c" * 64)
+    for digest, is_refused in (("a" * 64, False), ("c" * 64, False), ("b" * 64, True)):
         file = saved(tmp_path / f"{digest[0]}.pth", data=digest)
         if not is_refused:
             assert load_teacher(options(), data, file).shapes((3, 16, 16)).logits == 2
