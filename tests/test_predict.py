@@ -207,7 +207,7 @@ def test_pictures_of_many_bits_and_turned_ones_are_read_as_in_evaluation(kind: s
     assert np.array_equal(np.asarray(photos.Photo(content, "x").decode(1)[0])[..., 0], expected)
 
 
-# What is refused
+# Refusals
 
 
 def test_a_folder_that_is_not_for_the_hub_is_refused(

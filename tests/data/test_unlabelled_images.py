@@ -283,7 +283,7 @@ def test_the_view_store_has_records_for_all_images(make_data: Make) -> None:
     assert read <= set(data.view_records(3).tolist())
 
 
-# What is left unread, and what is refused
+# Unread images and refusals
 
 
 def test_a_method_that_distils_nothing_leaves_them_unread(make_data: Make) -> None:

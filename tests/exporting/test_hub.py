@@ -118,7 +118,7 @@ def test_the_published_weights_of_the_architecture_are_not_described(tmp_path: P
     assert described.pretrained_cfg["license"] == "apache-2.0"
 
 
-# What is refused
+# Refusals
 
 
 def test_a_student_that_does_not_predict_alone_is_refused(tmp_path: Path) -> None:

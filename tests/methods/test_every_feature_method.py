@@ -305,7 +305,7 @@ def test_terms_and_gradients_are_finite_at_extremes(method: str, extreme: str, d
         assert all(gradient is not None for gradient in gradients[len(named) :])
 
 
-# What is refused
+# Refusals
 
 STEM = Shapes(5, ((2, 8, 8),), 6)
 FOUR_MAPS = Shapes(5, ((2, 8, 8), (3, 8, 8), (4, 4, 4), (5, 2, 2)), 6)
