@@ -33,8 +33,12 @@ class ArrayReader(Reader):
         """Return the batch at these positions of the split."""
         index = torch.as_tensor(share.positions)
         rows = index if self.index is None else self.index[index]
-        pixels = self.images.permute(0, 2, 3, 1).index_select(0, rows)  # NHWC: one block of memory per image
-        return Samples((pixels.permute(0, 3, 1, 2),), self.labels[rows], index)
+        return Samples((_gather(self.images, rows),), self.labels[rows], index)
+
+
+def _gather(images: Tensor, rows: Tensor) -> Tensor:
+    """Select images [B, 3, H, W]. Their memory is NHWC: one block per image."""
+    return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -47,7 +51,7 @@ class ArrayViewReader(ViewReader):
 
     def crops(self, index: Tensor, bits: Sequence[Tensor]) -> list[Tensor]:
         """Gather images and crop them, as described in `ViewReader`."""
-        images = self.images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        images = _gather(self.images, index)
         if not self.augmentation.crop_and_flip:
             return [images] * len(bits)
         views = view_count(self.padding, self.flip)
@@ -93,7 +97,7 @@ class ArrayData(ImageData):
             raise UserError(f"data={self.name} needs data.path=FILE.npz (see docs/data.md for the format).")
         else:
             file = self.prepare_file(Path(self.root).expanduser())
-        if self.unlabelled not in (None, "rest"):
+        if self.unlabelled_folder is not None:
             raise UserError(
                 f"data.unlabelled={self.unlabelled} is not possible for an array file: put the images into its array "
                 "unlabelled_images, or choose data.unlabelled=rest."
@@ -129,13 +133,8 @@ class ArrayData(ImageData):
         if split != "train" or self.augmentation.is_geometric:
             return ArrayReader(images, labels, index)
         return ArrayViewReader(
+            **self.view_options(images.device),
             labels=labels,
-            augmentation=self.augmentation,
-            partners=self.train_index.to(images.device),
-            unlabelled_partners=self.unlabelled_index.to(images.device),
-            views_per_image=self.views_per_image,
-            seed=self.seed,
-            fixed_views=self.fixed_views,
             images=images,
             padding=self.padding,
             flip=self.flip,
@@ -216,9 +215,7 @@ class ArrayData(ImageData):
     def views_name(self) -> str:
         """Padding, flip and augmentation, as part of a file name."""
         crops = f"{self.padding}-{self.flip}{self.augmentation_key}"
-        if self.augmentation.is_geometric:
-            return crops
-        return f"{crops}-fixed" if self.fixed_views is not None else f"{crops}-{self.views_per_image}-seed{self.seed}"
+        return crops if self.augmentation.is_geometric else self.drawn_name(crops)
 
 
 def _hashes(images: Tensor) -> list[int]:

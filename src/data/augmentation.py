@@ -3,9 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
 from src.data.mixing import Mixing
@@ -25,7 +23,7 @@ class Augmentation:
 
     crop_and_flip: bool = True
     policy: Policy | None = None
-    policy_from_view: Annotated[int, Field(ge=0)] = 0
+    policy_from_view: int = 0
     mixing: Mixing | None = None
 
     @property

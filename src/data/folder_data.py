@@ -249,10 +249,11 @@ class FolderData(ImageData):
             folders[UNLABELLED] = folder
         listings, found, notes = self._read_all(root, listings)
         self.files_digest = listing_digest(listings, found.adjusted, found.checksums)
+        labelled = {split: listing for split, listing in listings.items() if split != UNLABELLED}
         unlabelled = listings.get(UNLABELLED)
         if unlabelled is not None and not unlabelled.files:
             raise UserError(f"No photo in data.unlabelled={folder} can be read: repair them, or leave the option out.")
-        check_classes({split: listing for split, listing in listings.items() if split != UNLABELLED})
+        check_classes(labelled)
         self.photos = {split: _photos(listing) for split, listing in listings.items()}  # type: ignore[misc]
         labels = {split: _labels(listing) for split, listing in listings.items()}
         labels.setdefault("train", torch.zeros(0, dtype=torch.int64))
@@ -264,15 +265,10 @@ class FolderData(ImageData):
             test_labels=labels["test"],
             class_names=tuple(listings["test"].classes),
             digest=self.digest(self.files_digest),
-            labelled_digest=self.digest(self._labelled_files_digest(listings, found)),
+            labelled_digest=self._labelled_digest(labelled, found) if unlabelled is not None else None,
             places={split: f"{each}{os.sep}" for split, each in folders.items()},
             notes=tuple(notes),
         )
-
-    @property
-    def unlabelled_folder(self) -> Path | None:
-        """The folder of the photos without labels, if there is one."""
-        return None if self.unlabelled in (None, "rest") else Path(str(self.unlabelled)).expanduser()
 
     def _read_all(self, root: Path, listings: dict[str, Listing]) -> tuple[dict[str, Listing], Checked, list[str]]:
         """Read all photos once.
@@ -291,11 +287,9 @@ class FolderData(ImageData):
         readable = {split: listing.without(found.unreadable) for split, listing in listings.items()}
         return readable, found, notes
 
-    @staticmethod
-    def _labelled_files_digest(listings: Mapping[str, Listing], found: Checked) -> str:
-        labelled = {split: listing for split, listing in listings.items() if split != UNLABELLED}
+    def _labelled_digest(self, labelled: Mapping[str, Listing], found: Checked) -> str:
         adjusted = [photo for photo in found.adjusted if not photo.startswith(UNLABELLED_PLACE)]
-        return listing_digest(labelled, adjusted, found.checksums)
+        return self.digest(listing_digest(labelled, adjusted, found.checksums))
 
     def _join_unlabelled(self, labels: Tensor, unlabelled: Listing | None) -> Tensor:
         """Append the photos without labels to the training photos. Returns the labels [N], with -1 for them."""
@@ -313,14 +307,9 @@ class FolderData(ImageData):
         """Return a reader of views for `train`, and of central crops for the other splits."""
         if split == "train":
             return TrainingReader(
+                **self.view_options(),
                 labels=self.train_labels,
-                augmentation=self.augmentation,
-                partners=self._by_block(self.train_index),
-                unlabelled_partners=self._by_block(self.unlabelled_index),
                 blocks=self.blocks,
-                views_per_image=self.views_per_image,
-                seed=self.seed,
-                fixed_views=self.fixed_views,
                 photos=self.photos[split],
                 resize=self.resize,
                 size=self.image_size,
@@ -329,17 +318,11 @@ class FolderData(ImageData):
             )
         return EvaluationReader(self.photos[split], self.source.labels(split), index, self.resize, self.image_size)
 
-    def _by_block(self, index: Tensor) -> Tensor:
-        return index if self.blocks is None else index[self.blocks[index].argsort(stable=True)]
-
     @property
     def views_name(self) -> str:
         """The settings that determine the crops, as part of a file name. Fixed views are the same for all seeds."""
         low, high = self.scale
-        crops = f"{self.image_size}-{low}-{high}-{self.flip}{self.augmentation_key}"
-        if self.fixed_views is not None:
-            return f"{crops}-fixed"
-        return f"{crops}-{self.views_per_image}-seed{self.seed}"
+        return self.drawn_name(f"{self.image_size}-{low}-{high}-{self.flip}{self.augmentation_key}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

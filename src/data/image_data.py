@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -138,6 +139,26 @@ class ImageData(L.LightningDataModule):
     def views_name(self) -> str:
         """The settings that determine a view from its number, as part of a file name."""
         raise NotImplementedError
+
+    @property
+    def unlabelled_folder(self) -> Path | None:
+        """The folder of the photos without labels, if there is one."""
+        return None if self.unlabelled in (None, "rest") else Path(str(self.unlabelled)).expanduser()
+
+    def view_options(self, device: torch.device | None = None) -> dict[str, Any]:
+        """Collect the options of a `ViewReader` that do not depend on the kind of images."""
+        return {
+            "augmentation": self.augmentation,
+            "partners": self.train_index.to(device),
+            "unlabelled_partners": self.unlabelled_index.to(device),
+            "views_per_image": self.views_per_image,
+            "seed": self.seed,
+            "fixed_views": self.fixed_views,
+        }
+
+    def drawn_name(self, crops: str) -> str:
+        """Complete `views_name` for views that `draw_view` draws. Fixed views are the same for all seeds."""
+        return f"{crops}-fixed" if self.fixed_views is not None else f"{crops}-{self.views_per_image}-seed{self.seed}"
 
     @property
     def augmentation_key(self) -> str:
@@ -353,9 +374,9 @@ class ImageData(L.LightningDataModule):
                 f"schedule.batch_size={self.batch_size} is the global batch size, which is not divisible by "
                 f"{world_size} devices: choose a multiple of {world_size}."
             )
-        needed = min(self.batch_size, 2 * world_size)
         if len(self.unlabelled_index):
             return self._mixed_batches(rank, world_size)
+        needed = min(self.batch_size, 2 * world_size)
         if len(self.train_index) < needed:
             raise UserError(
                 f"There are too few training images ({len(self.train_index)}), because batch norm needs two on each "

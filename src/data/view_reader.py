@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ class ViewReader(Reader):
     seed: int
     fixed_views: int | None
     blocks: Tensor | None = field(default=None, kw_only=True)
-    """[N] int64, the storage block of each position. With it, the partner of an image is in the image's block, and the
-    positions of partners are ordered by block."""
+    """[N] int64, the storage block of each position. With it, the partner of an image is in the image's block."""
 
     def crops(self, index: Tensor, bits: Sequence[Tensor]) -> list[Tensor]:
         """Read the images at `index` [B] and crop and flip each by the `bits` [B] of each view.
@@ -79,15 +79,25 @@ class ViewReader(Reader):
         views, shares = zip(*mixed, strict=True)
         return samples._replace(images=views, other_target=self.labels[others[0]], share=shares[0])
 
+    @cached_property
+    def _pools(self) -> list[tuple[Tensor, Tensor]]:
+        """The partners of each kind, ordered by block, and their blocks. Without blocks, both are the partners."""
+        pools = (self.partners, self.unlabelled_partners)
+        if self.blocks is None:
+            return [(pool, pool) for pool in pools]
+        ordered = [pool[self.blocks[pool].argsort(stable=True)] for pool in pools]
+        return [(pool, self.blocks[pool]) for pool in ordered]
+
     def _partners(self, samples: Samples, bits: Tensor) -> Tensor:
         """Draw the position of another image of the same kind, with or without a label, for each image."""
         draw, chosen = uniform(bits, PARTNER), torch.empty_like(samples.index)
-        for pool, of_kind in ((self.partners, samples.target >= 0), (self.unlabelled_partners, samples.target < 0)):
+        kinds = (samples.target >= 0, samples.target < 0)
+        for (pool, stored), of_kind in zip(self._pools, kinds, strict=True):
             if not len(pool):
                 continue
             first, end = torch.zeros_like(samples.index), torch.full_like(samples.index, len(pool))
             if self.blocks is not None:
-                stored, block = self.blocks[pool], self.blocks[samples.index]
+                block = self.blocks[samples.index]
                 first, end = (torch.searchsorted(stored, block, right=right) for right in (False, True))
             place = first + (draw * (end - first)).long()
             chosen = torch.where(of_kind, pool[place.clamp(max=len(pool) - 1)], chosen)

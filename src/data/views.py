@@ -140,7 +140,7 @@ def draw_fixed_view(index: Tensor, fixed_views: int, *, seed: int, epoch: int, v
 def draw_view(
     index: Tensor, *, seed: int, epoch: int, view: int, views_per_image: int, fixed_views: int | None
 ) -> DrawnView:
-    """Draw a view of each image that cannot be numbered by its content, such as a crop of a photo.
+    """Draw a view of each image, of a kind that has too many views to number them all, such as crops of photos.
 
     View v of an epoch has the number epoch * views_per_image + v. With `fixed_views`, it is a view of
     `draw_fixed_view`.
