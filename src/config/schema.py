@@ -303,6 +303,8 @@ class StudentOptions:
     source: str | None = None
     new_head: bool = added(False)
     """Load the file at `path` without its last layer, which is trained from fresh weights."""
+    pretrained: bool = added(True)
+    """Start from the published weights of `source`. False: its network with fresh weights."""
 
 
 @dataclass

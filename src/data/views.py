@@ -128,12 +128,13 @@ class DrawnView(NamedTuple):
     """[B] int64, 63 random bits."""
 
 
-def draw_fixed_view(index: Tensor, fixed_views: int, *, seed: int, epoch: int, view: int = 0) -> DrawnView:
-    """Draw one of the `fixed_views` views that each image has in all epochs and for all seeds.
+def draw_fixed_view(index: Tensor, fixed_views: int, *, seed: int, draw: int) -> DrawnView:
+    """Choose one of the `fixed_views` views that each image has in all epochs and for all seeds.
 
-    View number k of an image is the same for any larger `fixed_views`.
+    Draw by draw, an image gets its views in turn, from a random one on. After `fixed_views` draws it has had all of
+    them. View number k of an image is the same for any larger `fixed_views`.
     """
-    number = random_bits(seed, epoch, index, FIRST_VIEW + view) % fixed_views
+    number = (random_bits(seed, 0, index, FIRST_VIEW) % fixed_views + draw) % fixed_views
     return DrawnView(number, random_bits(0, 0, index + (number << 40), FIXED_VIEWS))
 
 
@@ -145,25 +146,32 @@ def draw_view(
     View v of an epoch has the number epoch * views_per_image + v. With `fixed_views`, it is a view of
     `draw_fixed_view`.
     """
+    draw = epoch * views_per_image + view
     if fixed_views is not None:
-        return draw_fixed_view(index, fixed_views, seed=seed, epoch=epoch, view=view)
-    number = torch.full_like(index, epoch * views_per_image + view)
-    return DrawnView(number, random_bits(seed, epoch, index, FIRST_VIEW + view))
+        return draw_fixed_view(index, fixed_views, seed=seed, draw=draw)
+    return DrawnView(torch.full_like(index, draw), random_bits(seed, epoch, index, FIRST_VIEW + view))
 
 
 def draw_views(
-    index: Tensor, *, seed: int, epoch: int, padding: int, flip: bool, view: int = 0, fixed_views: int | None = None
+    index: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    padding: int,
+    flip: bool,
+    view: int = 0,
+    views_per_image: int = 1,
+    fixed_views: int | None = None,
 ) -> Tensor:
     """Draw the view number of each image, [B] int64, uniformly from 0 .. view_count - 1.
 
     `index` [B] are the positions of the images in the training data. `view` numbers the independent views of an epoch.
     With `fixed_views`, the number is one of so many numbers that the image has in all epochs. Some may be equal.
     """
-    if fixed_views is None:
-        bits = random_bits(seed, epoch, index, FIRST_VIEW + view)
-    else:
-        bits = draw_fixed_view(index, fixed_views, seed=seed, epoch=epoch, view=view).bits
-    return bits % view_count(padding, flip)
+    drawn = draw_view(
+        index, seed=seed, epoch=epoch, view=view, views_per_image=views_per_image, fixed_views=fixed_views
+    )
+    return drawn.bits % view_count(padding, flip)
 
 
 def crop_and_flip(images: Tensor, view_numbers: Tensor, padding: int) -> Tensor:

@@ -57,7 +57,7 @@ def describe(cfg: DictConfig, opened: Opened) -> dict[str, Any]:
 def _initial_weights(settings: Mapping[str, Any]) -> str | None:
     """Return the library's weights that a student started from, as `student.source` names them, if there are any."""
     student = settings.get("student")
-    if not isinstance(student, Mapping) or student.get("path"):
+    if not isinstance(student, Mapping) or student.get("path") or not student.get("pretrained", True):
         return None
     source = student.get("source")
     return source if isinstance(source, str) else None

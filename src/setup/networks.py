@@ -81,6 +81,12 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
             "student.new_head=true replaces the last layer of a file: add student.path=FILE, or leave it out "
             "(student.source makes a new last layer by itself)."
         )
+    fresh = not cfg.student.get("pretrained", True)
+    if fresh and (path is not None or source is None):
+        raise UserError(
+            "student.pretrained=false takes a library's network with fresh weights: add student.source=torchvision/NAME "
+            "or timm/NAME, and leave out student.path."
+        )
     if source == "mdistiller":
         raise UserError(
             "student.source=mdistiller does not exist, because mdistiller has released teachers only: give a file with "
@@ -92,7 +98,7 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
         load_weights(network, file, new_head=new_head, other_classes=OTHER_CLASSES)
         facts = stated_facts(node, file)
         return InitialStudent(network, facts.get("mean", data.mean), facts.get("std", data.std))
-    if source is not None:
+    if source is not None and not fresh:
         found = pretrained(source, data.num_classes)
         return InitialStudent(found.network, found.mean, found.std)
     return InitialStudent(make_network(node, "model.student", data.num_classes), data.mean, data.std)

@@ -103,7 +103,7 @@ def _without_initial_weights(cfg: DictConfig, folder: Path) -> DictConfig:
     """
     trained = folder / "student.pth"
     if trained.is_file() and (cfg.student.path or cfg.student.source):
-        cfg.student.update(path=str(trained), source=None, new_head=False)
+        cfg.student.update(path=str(trained), source=None, new_head=False, pretrained=True)
     return cfg
 
 

@@ -17,6 +17,7 @@ from src.data.views import (
     ORDER,
     crop_and_flip,
     draw_fixed_view,
+    draw_view,
     draw_views,
     epoch_order,
     normalise,
@@ -308,11 +309,21 @@ def test_fixed_views_are_a_few_views_in_all_epochs_and_for_all_seeds() -> None:
     assert len({frozenset(numbers) for numbers in seen.values()}) > 390  # each image has views of its own
 
 
+def test_an_image_has_had_all_its_fixed_views_after_as_many_draws() -> None:
+    index = torch.arange(50)
+    keys: dict[str, Any] = {"seed": 1, "views_per_image": 2, "fixed_views": 4}
+    epochs = [[draw_view(index, epoch=epoch, view=view, **keys).number for view in (0, 1)] for epoch in range(4)]
+    for first in (epochs[:2], epochs[1:3], epochs[2:]):
+        drawn = torch.stack([number for views in first for number in views]).T
+        assert torch.equal(drawn.sort(dim=1).values, torch.arange(4).expand(50, 4))
+    assert set(epochs[0][0].tolist()) == set(range(4))  # images start at different views
+
+
 def test_more_fixed_views_add_to_the_fewer() -> None:
     index = torch.arange(50)
     bits: dict[int, dict[tuple[int, int], int]] = {}
-    for fixed_views, epoch in itertools.product((2, 5), range(30)):
-        number, drawn = draw_fixed_view(index, fixed_views, seed=1, epoch=epoch)
+    for fixed_views, draw in itertools.product((2, 5), range(5)):
+        number, drawn = draw_fixed_view(index, fixed_views, seed=1, draw=draw)
         assert number.max() < fixed_views
         found = zip(zip(index.tolist(), number.tolist(), strict=True), drawn.tolist(), strict=True)
         bits.setdefault(fixed_views, {}).update(found)

@@ -139,6 +139,21 @@ def test_a_student_starts_from_a_library(monkeypatch: pytest.MonkeyPatch) -> Non
     assert student.mean == (0.485, 0.456, 0.406)
 
 
+def test_a_librarys_network_with_fresh_weights_takes_the_normalisation_of_the_data() -> None:
+    cfg = with_library_networks(changed(configure(), student__source="torchvision/resnet18", student__pretrained=False))
+    torch.manual_seed(5)
+    student = load_student(cfg, DATA)
+    torch.manual_seed(5)
+    assert same(weights(student.network), weights(TorchvisionNetwork(resnet18(num_classes=2))))
+    assert student.mean == DATA.mean
+
+
+@pytest.mark.parametrize("others", [{}, {"student__source": "torchvision/resnet18", "student__path": "a.pth"}])
+def test_fresh_weights_of_a_library_need_its_name_and_no_file(others: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"^student\.pretrained=false .*: add student\.source=.*leave out student\.path"):
+        load_student(small(student__pretrained=False, **others), DATA)
+
+
 def test_fresh_weights_and_the_normalisation_of_the_data_are_the_default() -> None:
     torch.manual_seed(3)
     student = load_student(small(), DATA)
