@@ -314,8 +314,8 @@ class ImageData(L.LightningDataModule):
         }
         named = {split: f" ({places[split]})" if split in places else "" for split in sizes}
         used = [f"{size:,} {PURPOSES[split]} images{named[split]}" for split, size in sizes.items() if size]
-        when = "once, at the end" if validation else "after each epoch"
-        notes = [f"Data: {', '.join(used)}. The test images are scored {when}.", *self.source.notes]
+        role = "scored once, at the end" if validation else "the validation images, too"
+        notes = [f"Data: {', '.join(used)}. The test images are {role}.", *self.source.notes]
         if self.wrong_labels:
             wrong = int((self.train_labels != self.source.train_labels)[self.train_index].sum())
             notes.append(f"{wrong:,} training images have a wrong label, because of data.wrong_labels.")
@@ -464,6 +464,8 @@ class ImageData(L.LightningDataModule):
             batch_sampler=batches,  # type: ignore[arg-type]  # a batch is a Share
             collate_fn=_identity,
             num_workers=workers,
+            # joblib changes the default of its processes, and workers that are started by its method fail.
+            multiprocessing_context=multiprocessing.get_all_start_methods()[0] if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available() and device is None,
             worker_init_fn=_ignore_signals,

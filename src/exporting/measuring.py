@@ -134,10 +134,16 @@ def parse_forms(names: Sequence[str]) -> list[Form]:
 
 
 def measure(cfg: DictConfig) -> tuple[list[Row], str]:
-    """Measure all forms. Returns their rows, the baseline first, and a note on how they were measured."""
+    """Measure all forms. Returns their rows, the baseline first, and a note on how they were measured.
+
+    A teacher that is a program is not measured, because not every program can be exported again.
+    """
     forms = parse_forms(cfg.forms)
     opened = open_run_or_checkpoint(cfg)
-    teacher = load_original_teacher(cfg, opened)
+    is_program = opened.cfg.teacher.allow_program and opened.cfg.teacher.path is not None
+    if is_program:
+        log.info("The teacher is a program, so the student is measured alone.")
+    teacher = None if is_program else load_original_teacher(cfg, opened)
     images, target = sample_test_images(opened.data, max(cfg.images, BATCH))
     networks: dict[str, nn.Module] = {"teacher": TeacherModule(teacher).eval()} if teacher else {}
     networks["student"] = make_classifier(opened.distiller)

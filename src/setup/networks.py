@@ -84,8 +84,8 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
     fresh = not cfg.student.get("pretrained", True)
     if fresh and (path is not None or source is None):
         raise UserError(
-            "student.pretrained=false takes a library's network with fresh weights: add student.source=torchvision/NAME "
-            "or timm/NAME, and leave out student.path."
+            "student.pretrained=false takes a library's network with fresh weights: add student.source=torchvision/NAME"
+            " or timm/NAME, and leave out student.path."
         )
     if source == "mdistiller":
         raise UserError(

@@ -86,7 +86,8 @@ def test_the_log_says_what_is_used_for_what(make_data: Make) -> None:
     plain, held_out = make_data(), make_data(val_size=12)
     plain.load()
     held_out.load()
-    assert plain.notes() == ["Data: 60 training images, 23 test images. The test images are scored after each epoch."]
+    used = "Data: 60 training images, 23 test images."
+    assert plain.notes() == [f"{used} The test images are the validation images, too."]
     assert held_out.notes() == [
         "Data: 48 training images, 12 validation images (held out of them), 23 test images. The test images are scored "
         "once, at the end."
