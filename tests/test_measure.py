@@ -13,6 +13,7 @@ from src.exporting.measuring import Row
 from src.models.checkpoints import save_weights
 from src.models.resnet import resnet20
 from tests.helpers.commands import assert_refused, run
+from tests.helpers.run_folders import taught_by_a_program
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -88,6 +89,12 @@ def test_a_run_beside_its_teacher(finished_run: Path, array_file: Path, tmp_path
     assert list(teacher["seconds"]) == ["1", "2"]
     assert all(ratio == [1, 1, 1] for ratios in teacher["ratios"].values() for ratio in ratios.values())
     assert student["activation_bytes"] == script["activation_bytes"] == 3 * 4 * 16 * 32**2
+
+
+def test_a_program_as_teacher_is_left_out(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
+    folder = taught_by_a_program(finished_run, tmp_path / "runs")
+    rows = measured(tmp_path / "out", f"run={folder}", f"data.path={array_file}", "forms=[torchscript]", "threads=1")
+    assert list(rows) == ["student, torch", "student, torchscript"]
 
 
 @pytest.mark.slow

@@ -56,10 +56,12 @@ def answer(groups: Mapping[str, Sequence[Finished]], data_root: str) -> tuple[di
 
 
 def _answer_run(run: Finished, data_root: str, device: str) -> Answered:
-    _, distiller, data = open_run(run.folder, read_config(run.folder, data_root))
+    cfg, distiller, data = open_run(run.folder, read_config(run.folder, data_root))
     if run.data is not None and run.data != data.source.digest:
         raise UserError("the data has changed since the run, so its pictures would not show what the run did")
     distiller.to(device)
     teacher = distiller.teacher_predictions.get("test")
-    macs = student_and_teacher_macs(distiller, data)
-    return Answered(predict(distiller, data), None if teacher is None else teacher.numpy(), *macs, data)
+    macs, teacher_macs = student_and_teacher_macs(distiller, data)
+    if cfg.teacher.allow_program and cfg.teacher.path:
+        teacher_macs = None  # the cost of a program is unknown: a network of the pair stands for it here
+    return Answered(predict(distiller, data), None if teacher is None else teacher.numpy(), macs, teacher_macs, data)

@@ -11,7 +11,7 @@ import pytest
 from src.analysis.answered import Answered, answer
 from src.analysis.predictions import Predictions
 from src.analysis.results import Finished, find_runs
-from tests.helpers.run_folders import finished
+from tests.helpers.run_folders import finished, taught_by_a_program
 
 
 @pytest.fixture
@@ -33,6 +33,12 @@ def test_the_first_run_of_a_setting_answers_again(run: Finished, tmp_path: Path)
     assert found.predictions.correct[:scored].mean() == pytest.approx(run.result.test.accuracy)
     assert found.teacher_macs is not None
     assert found.teacher_macs > found.macs > 0
+
+
+def test_the_cost_of_a_program_as_teacher_is_unknown(run: Finished, tmp_path: Path) -> None:
+    folder = taught_by_a_program(run.folder, tmp_path)
+    answered, _ = answer({"by aekt": [Finished(folder, run.result)]}, str(tmp_path))
+    assert answered["by aekt"].teacher_macs is None
 
 
 def test_the_teachers_stored_answers_are_read(run: Finished, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Photos in folders: listing, training crops, evaluation crops, and errors in the folders."""
 
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_workers_do_not_change_the_batches(folder: Path, val_size: int) -> None:
         assert torch.equal(alone.target, helped.target)
         assert torch.equal(alone.index, helped.index)
         assert all(map(torch.equal, alone.view_numbers, helped.view_numbers))
+
+
+def test_workers_start_in_a_process_of_joblib(folder: Path) -> None:
+    pytest.importorskip("joblib.externals.loky")
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("loky", force=True)  # as joblib does in its processes
+    try:
+        found = list(batches(load(folder, workers=1).train_dataloader(), 0))
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert sum(len(batch.index) for batch in found) == 42
 
 
 def test_several_devices_read_the_batches_of_one_device(folder: Path) -> None:

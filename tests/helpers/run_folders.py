@@ -1,5 +1,7 @@
 """Run folders with given results, made without training."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +68,14 @@ def write_run(
     rows = [f"{epoch},{accuracy - 0.1 * (2 - epoch)}" for epoch in range(3)]
     (folder / "metrics.csv").write_text("\n".join(["epoch,test/accuracy", *rows]) + "\n")
     result.write(folder / "result.json")
+    return folder
+
+
+def taught_by_a_program(run: Path, place: Path) -> Path:
+    """Copy a run into the folder `place`, and let its configuration say that its teacher was a program."""
+    folder = place / run.relative_to(run.parents[3])
+    shutil.copytree(run, folder)
+    config = (folder / "config.yaml").read_text()
+    found = re.sub(r"(teacher:\n  path:) .*", rf"\1 {place / 'gone.pt2'}", config)
+    (folder / "config.yaml").write_text(found.replace("allow_program: false", "allow_program: true"))
     return folder
