@@ -100,9 +100,11 @@ def test_every_method_builds_with_every_serialization_that_can_act_on_it(method:
 def test_every_schedule_builds(schedule: str) -> None:
     cfg = configure(f"schedule={schedule}", "schedule.epochs=12")
     check_everything_builds(cfg)
-    assert parts_of(cfg).method.warmup_epochs == (0 if "imagenet" in schedule else 1)
+    photos = "imagenet" in schedule or "photos" in schedule
+    assert parts_of(cfg).method.warmup_epochs == (0 if photos else 1)
     made: Any = make_optimizer(cfg)
-    assert made.keywords == {"momentum": 0.9, "weight_decay": 1e-4 if "imagenet" in schedule else 5e-4}
+    sgd = {"momentum": 0.9, "weight_decay": 1e-4 if photos else 5e-4}
+    assert made.keywords == ({"weight_decay": 0.05} if schedule == "few_photos" else sgd)
     assert cfg.trainer.max_epochs == 12
 
 
