@@ -74,8 +74,8 @@ def test_an_unlabelled_test_folder_is_no_split(tmp_path: Path) -> None:
     assert data.validates_on == "test"
     assert data.source.test_labels.tolist() == [0] * 5 + [1] * 5
     assert data.notes() == [
-        f"Data: 28 training images ({root}/train/), 10 test images ({root}/val/). The test images are scored after "
-        "each epoch.",
+        f"Data: 28 training images ({root}/train/), 10 test images ({root}/val/). The test images are "
+        "the validation images, too.",
         f"Left unread in {root}: test/.",
         f"Files skipped in {root}, because their format is not read: 3 (train/ant/ant_boxes.txt, "
         "train/bee/bee_boxes.txt, val/val_annotations.txt).",
