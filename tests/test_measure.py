@@ -1,7 +1,6 @@
 """The command `python -m src.measure`: its table, its files and its refusals."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from src.exporting.measuring import Row
 from src.models.checkpoints import save_weights
 from src.models.resnet import resnet20
 from tests.helpers.commands import assert_refused, run
-from tests.helpers.run_folders import taught_by_a_program
+from tests.helpers.run_folders import taught_by_a_lost_file, taught_by_a_program
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -124,11 +123,7 @@ def test_executorch_files_beside_the_teachers(finished_run: Path, array_file: Pa
 def test_another_teacher_is_refused(finished_run: Path, array_file: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     save_weights(resnet20(10), tmp_path / "other.pth")
-    folder = tmp_path / "runs" / finished_run.relative_to(finished_run.parents[3])
-    shutil.copytree(finished_run, folder)
-    record = json.loads((folder / "run.json").read_text())
-    record["teacher"]["source"] = str(tmp_path / "gone.pth")
-    (folder / "run.json").write_text(json.dumps(record))
+    folder = taught_by_a_lost_file(finished_run, tmp_path / "runs", tmp_path / "gone.pth")
     for arguments, phrase in (
         ([f"teacher.path={tmp_path / 'other.pth'}"], "is not the teacher of"),
         ([], "gone.pth does not exist: give a checkpoint of resnet20"),

@@ -10,6 +10,7 @@ import torch
 from src.analysis.predictions import Predictions, predict, student_and_teacher_macs
 from src.analysis.results import Finished
 from src.common.errors import UserError
+from src.config.names import teacher_is_program
 from src.data.image_data import ImageData
 from src.setup.reopen import open_run, read_config
 
@@ -62,6 +63,6 @@ def _answer_run(run: Finished, data_root: str, device: str) -> Answered:
     distiller.to(device)
     teacher = distiller.teacher_predictions.get("test")
     macs, teacher_macs = student_and_teacher_macs(distiller, data)
-    if cfg.teacher.allow_program and cfg.teacher.path:
+    if teacher_is_program(cfg):
         teacher_macs = None  # the cost of a program is unknown: a network of the pair stands for it here
     return Answered(predict(distiller, data), None if teacher is None else teacher.numpy(), macs, teacher_macs, data)

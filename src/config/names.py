@@ -6,6 +6,11 @@ import hydra
 from omegaconf import DictConfig
 
 
+def teacher_is_program(cfg: DictConfig) -> bool:
+    """Return whether the teacher of a training is a program: a file that contains its code."""
+    return bool(cfg.teacher.allow_program and cfg.teacher.path)
+
+
 def needs_teacher(cfg: DictConfig) -> bool:
     """Return whether the configured method, or the one added by `method@also`, learns from a teacher."""
     methods: list[Any] = [hydra.utils.get_class(node._target_) for node in (cfg.method, cfg.also) if node]

@@ -172,8 +172,13 @@ class ArrayData(ImageData):
 
     def draw(self, index: Tensor, epoch: int, view: int) -> Tensor:
         """Draw the view numbers [B] int64 of the training images at the positions `index` [B]."""
-        keys: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "view": view}
-        keys |= {"views_per_image": self.views_per_image, "fixed_views": self.fixed_views}
+        keys: dict[str, Any] = {
+            "seed": self.seed,
+            "epoch": epoch,
+            "view": view,
+            "views_per_image": self.views_per_image,
+            "fixed_views": self.fixed_views,
+        }
         if not self.augmentation.is_geometric:
             return draw_view(index, **keys).number
         if self.augmentation.is_constant:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from src.analysis.predictions import count_macs
 from src.common.errors import UserError
+from src.config.names import teacher_is_program
 from src.exporting import peak_memory
 from src.exporting.activations import peak_activation_bytes
 from src.exporting.card import describe
@@ -140,10 +141,11 @@ def measure(cfg: DictConfig) -> tuple[list[Row], str]:
     """
     forms = parse_forms(cfg.forms)
     opened = open_run_or_checkpoint(cfg)
-    is_program = opened.cfg.teacher.allow_program and opened.cfg.teacher.path is not None
-    if is_program:
+    teacher = None
+    if teacher_is_program(opened.cfg):
         log.info("The teacher is a program, so the student is measured alone.")
-    teacher = None if is_program else load_original_teacher(cfg, opened)
+    else:
+        teacher = load_original_teacher(cfg, opened)
     images, target = sample_test_images(opened.data, max(cfg.images, BATCH))
     networks: dict[str, nn.Module] = {"teacher": TeacherModule(teacher).eval()} if teacher else {}
     networks["student"] = make_classifier(opened.distiller)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from src.common.files import file_digest
 from src.common.secrecy import plain_config
-from src.config.names import method_name, needs_teacher, serialization_name
+from src.config.names import method_name, needs_teacher, serialization_name, teacher_is_program
 from src.config.schema import (
     MethodOptions,
     NetworkOptions,
@@ -47,7 +47,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     if not needs_teacher(cfg):
         decides["model"] = {"student": decides["model"]["student"]}
         del decides["teacher"]
-    elif cfg.teacher.allow_program and cfg.teacher.path:  # a program is named after its file, whose content counts
+    elif teacher_is_program(cfg):  # a program is named after its file, whose content counts
         del decides["model"]["teacher"]["name"]
     for group, options in (("teacher", TeacherOptions), ("student", StudentOptions)):
         for option in set(marked(options, "by_content")) & decides.get(group, {}).keys():

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from src.common.errors import UserError
-from src.config.names import method_name, needs_teacher
+from src.config.names import method_name, needs_teacher, teacher_is_program
 from src.data.image_data import ImageData, Samples
 from src.methods.method import weighted
 from src.setup.assemble import Parts, make_distiller
@@ -56,7 +56,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
 
 def trial_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
     """Make a teacher of random weights. A program has no architecture that could be made again, so it is loaded."""
-    if cfg.teacher.allow_program and cfg.teacher.path:
+    if teacher_is_program(cfg):
         return load_teacher(cfg, data, find_teacher(cfg))
     return make_untrained_teacher(cfg, data)
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, open_dict
 
 from src.common.errors import UserError
 from src.config.instantiate import instantiate
+from src.config.names import teacher_is_program
 from src.data.image_data import ImageData
 from src.models.checkpoints import load_weights, read_facts
 from src.models.network import Network
@@ -29,7 +30,7 @@ def with_library_networks(cfg: DictConfig) -> DictConfig:
     """Return a copy in which `teacher.source`, `student.source` and a program replace the pair's networks."""
     cfg = copy.deepcopy(cfg)
     cfg.teacher.source = cfg.teacher.source  # resolves the default, which refers to the network that is replaced here
-    if cfg.teacher.allow_program and cfg.teacher.path and cfg.model.get("teacher"):
+    if teacher_is_program(cfg) and cfg.model.get("teacher"):
         with open_dict(cfg.model.teacher):
             cfg.model.teacher.update(name=Path(cfg.teacher.path).stem, published_accuracy={})
     for role in ("teacher", "student"):

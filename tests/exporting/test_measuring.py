@@ -1,7 +1,6 @@
 """What is measured, in which order, and against which teacher."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +30,7 @@ from src.models.resnet import resnet20
 from src.setup.reopen import open_run_or_checkpoint
 from tests.helpers.configure import configure
 from tests.helpers.exports import random_classifier, random_images
+from tests.helpers.run_folders import taught_by_a_lost_file
 from tests.helpers.tiny import CLASSES, tiny_teacher
 
 pytest.importorskip("onnxruntime")
@@ -123,12 +123,7 @@ def test_a_form_that_fails_alone_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def moved_run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of a run whose teacher is gone from where the run found it."""
-    folder = tmp_path / "runs" / finished_run.relative_to(finished_run.parents[3])
-    shutil.copytree(finished_run, folder)
-    record = json.loads((folder / "run.json").read_text())
-    record["teacher"]["source"] = str(tmp_path / "gone.pth")
-    (folder / "run.json").write_text(json.dumps(record))
-    return folder
+    return taught_by_a_lost_file(finished_run, tmp_path / "runs", tmp_path / "gone.pth")
 
 
 def load_teacher_of(folder: Path, data: Path, *overrides: str) -> Any:

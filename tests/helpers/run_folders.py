@@ -1,5 +1,6 @@
 """Run folders with given results, made without training."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -71,10 +72,25 @@ def write_run(
     return folder
 
 
-def taught_by_a_program(run: Path, place: Path) -> Path:
-    """Copy a run into the folder `place`, and let its configuration say that its teacher was a program."""
+def copied(run: Path, place: Path) -> Path:
+    """Copy a run into the folder `place`, below the names of its data, networks and method."""
     folder = place / run.relative_to(run.parents[3])
     shutil.copytree(run, folder)
+    return folder
+
+
+def taught_by_a_lost_file(run: Path, place: Path, file: Path) -> Path:
+    """Copy a run into the folder `place`, and let its record say that its teacher was `file`."""
+    folder = copied(run, place)
+    record = json.loads((folder / "run.json").read_text())
+    record["teacher"]["source"] = str(file)
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def taught_by_a_program(run: Path, place: Path) -> Path:
+    """Copy a run into the folder `place`, and let its configuration say that its teacher was a program."""
+    folder = copied(run, place)
     config = (folder / "config.yaml").read_text()
     found = re.sub(r"(teacher:\n  path:) .*", rf"\1 {place / 'gone.pt2'}", config)
     (folder / "config.yaml").write_text(found.replace("allow_program: false", "allow_program: true"))
