@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from src.common.errors import UserError, report_damage
+from tests.helpers.batches import message_of_unreadable
 
 
 def test_a_user_error_is_its_sentence() -> None:
@@ -23,9 +24,8 @@ class Unreadable(Dataset[Any]):
 
 
 def test_a_user_error_of_a_data_worker_is_its_sentence_too() -> None:
-    with pytest.raises(UserError) as caught:
-        next(iter(DataLoader(Unreadable(), num_workers=1)))
-    assert str(caught.value) == "photo 0 is damaged: remove it."
+    message = message_of_unreadable(DataLoader(Unreadable(), num_workers=1))
+    assert message == "photo 0 is damaged: remove it."
 
 
 @pytest.mark.parametrize(

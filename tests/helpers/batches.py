@@ -1,13 +1,16 @@
 """Read all batches of an epoch, by several ranks or by a trainer, and compare them."""
 
+import traceback
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 
+from src.common.errors import UserError
 from src.data.array_data import ArrayData
 from src.data.batches import EpochBatches
 from src.data.image_data import Samples
@@ -17,6 +20,17 @@ def batches(loader: Any, epoch: int = 0) -> list[Samples]:
     """Read all batches of an epoch."""
     loader.batch_sampler.set_epoch(epoch)
     return list(loader)
+
+
+def message_of_unreadable(loader: Any) -> str:
+    """Read batches until a `UserError`, and return its message."""
+    try:
+        list(loader)
+    except UserError as error:
+        # A loader in a reference cycle ends when garbage is collected, and then waits 10 s for each of its workers.
+        traceback.clear_frames(error.__traceback__)
+        return str(error)
+    pytest.fail("All batches were read.")
 
 
 def as_rank(data: ArrayData, rank: int, world_size: int) -> ArrayData:
