@@ -12,8 +12,8 @@ The search halves in two rungs. Rung 1 tries all trials with one seed. Rung 2 gi
 further seeds. `choose` takes the best mean validation accuracy after the last epoch, and writes the frozen settings.
 `confirm` trains them with eight seeds, and scores the test images once, after the last epoch.
 
-Commands resume: finished runs are not trained again. `--part 0 --parts 2` runs every second one, so that two processes
-can share the work.
+Commands resume: finished runs are not trained again. The same command in a second process shares the work: a run that
+another process trains is skipped.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from typing import NamedTuple, TypeVar
 from hydra import compose, initialize_config_dir
 from scipy.stats.qmc import LatinHypercube
 
+from src.command import set_up_process
+from src.runs.lock import BusyError
 from src.runs.result import Result
 from src.train import train
 
@@ -47,15 +49,19 @@ COMMON = (
     "data.fixed_views=8",
     "teacher.fold=true",
     "teacher.view_store=true",
-    "winograd=true",
     "gradients.every=50",
     "trainer.check_val_every_n_epoch=${schedule.epochs}",  # images are scored once, after the last epoch
 )
 CIFAR10_PAIR = ("network@model.teacher=resnet20_option_a", "network@model.student=resnet8")
 BEDS: dict[str, tuple[str, ...]] = {
-    "cifar10": (*("data=cifar10", "data.train_size=5000", "data.val_size=3000", "schedule.epochs=15", *CIFAR10_PAIR),),
+    "cifar10": (
+        *("data=cifar10", "data.train_size=5000", "data.val_size=3000", "schedule.epochs=15", *CIFAR10_PAIR),
+        "winograd=true",
+    ),
 }
 """The overrides of each bed of the search."""
+CONFIRMED_IN = "trainer.precision=bf16-mixed"
+"""Confirmations are longer than the search, and bfloat16 halves their time on our machine."""
 CONFIRMATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cifar10": ("cifar10", ("data=cifar10", *CIFAR10_PAIR, "schedule.epochs=20")),
     "cifar10, 20 % wrong labels": (
@@ -168,12 +174,16 @@ def best_trials(rows: Sequence[Mapping[str, str]], setting: str) -> list[int]:
     return sorted(accuracies, key=lambda trial: -mean(accuracies[trial]))[:KEPT]
 
 
-def run(options: argparse.Namespace, *overrides: str) -> Result:
-    """Train a run, or return the result of the finished one."""
+def run(options: argparse.Namespace, *overrides: str) -> Result | None:
+    """Train a run, or return the result of the finished one. Returns None if another process trains it."""
     places = (f"teacher.path={options.teacher}", f"runs={options.runs}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*COMMON, *overrides, *places])
-    return train(cfg)
+    try:
+        return train(cfg)
+    except BusyError as error:
+        print(error, flush=True)
+        return None
 
 
 def append_row(file: Path, row: Mapping[str, object]) -> None:
@@ -193,12 +203,14 @@ def append_row(file: Path, row: Mapping[str, object]) -> None:
 
 def search(options: argparse.Namespace) -> None:
     """Run a rung of the search, and append its trials to the CSV file."""
-    rows = read_trials(options.bed)
-    done = {(row["setting"], int(row["trial"]), int(row["seed"])) for row in rows}
-    jobs = [job for job in jobs_of_rung(options.rung, rows) if job not in done][options.part :: options.parts]
+    jobs = list(jobs_of_rung(options.rung, read_trials(options.bed)))
     for number, job in enumerate(jobs):
+        if any((row["setting"], int(row["trial"]), int(row["seed"])) == job for row in read_trials(options.bed)):
+            continue
         print(f"{number + 1} of {len(jobs)}: {job}", flush=True)
         result = run(options, *BEDS[options.bed], *overrides_of(job.setting, job.trial), f"seed={job.seed}")
+        if result is None:
+            continue
         assert result.val is not None
         drawn = constants(job.setting, job.trial)
         row = {
@@ -242,25 +254,25 @@ def confirm(options: argparse.Namespace) -> None:
     """Train the frozen settings with all seeds, and copy the result files."""
     bed, overrides = CONFIRMATIONS[options.bed]
     frozen = json.loads(FROZEN_FILE.read_text())[bed]
-    jobs = [(seed, setting) for seed in CONFIRMATION_SEEDS for setting in frozen][options.part :: options.parts]
+    jobs = [(seed, setting) for seed in CONFIRMATION_SEEDS for setting in frozen]
     folder = STUDY / options.bed.replace(", ", "_").replace(" ", "_").replace("%", "percent")
     folder.mkdir(parents=True, exist_ok=True)
     for number, (seed, setting) in enumerate(jobs):
         print(f"{number + 1} of {len(jobs)}: {setting}, seed {seed}", flush=True)
-        result = run(options, *overrides, *frozen[setting], f"seed={seed}")
-        result.write(folder / f"{setting.replace(' ', '_')}-seed{seed}.json")
+        result = run(options, CONFIRMED_IN, *overrides, *frozen[setting], f"seed={seed}")
+        if result:
+            result.write(folder / f"{setting.replace(' ', '_')}-seed{seed}.json")
 
 
 def main() -> None:
     """Read the command line."""
+    set_up_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["search", "choose", "confirm"])
     parser.add_argument("--bed", choices=[*BEDS, *CONFIRMATIONS], required=True)
     parser.add_argument("--rung", type=int, choices=SEEDS, default=1)
     parser.add_argument("--teacher", help="the teacher's checkpoint")
     parser.add_argument("--runs", help="the folder of run folders")
-    parser.add_argument("--part", type=int, default=0)
-    parser.add_argument("--parts", type=int, default=1)
     options = parser.parse_args()
     {"search": search, "choose": choose, "confirm": confirm}[options.action](options)
 

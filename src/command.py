@@ -46,6 +46,8 @@ PROCESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "L
 """Variables that Lightning sets for the processes of a run. The next run would mistake them for a cluster's."""
 
 
+LISTS = ("forms", "scores")
+"""Options without a dot whose value is a list. All others are groups, with one choice each."""
 MISSING_EXTRAS = {
     "hydra/launcher/joblib": "joblib",
     "hydra/launcher/ray": "ray",
@@ -126,7 +128,7 @@ def _check_choices(overrides: Sequence[str]) -> None:
     """Reject `group=[a,b]`: Hydra merges them, and b silently overrides a."""
     for override in overrides:
         group, _, chosen = override.partition("=")
-        if "." not in group.partition("@")[0] and group != "forms" and chosen.startswith("["):
+        if "." not in group.partition("@")[0] and group not in LISTS and chosen.startswith("["):
             raise UserError(
                 f"{override} would merge several choices into one: choose one. To combine two methods, add "
                 "method@also=..."

@@ -16,6 +16,7 @@ from src.analysis.document import Section, Table, html, latex, markdown
 from src.analysis.report_pictures import draw
 from src.analysis.report_tables import (
     NOTE,
+    SCORES,
     comparison_table,
     hierarchy_table,
     notes,
@@ -40,7 +41,7 @@ def make_section(title: str, runs: Sequence[Finished], cfg: DictConfig, prefix: 
     results = results_table(groups)
     show(title, results)
     answered, failures = answer(groups, cfg.data_root) if cfg.answers else ({}, [])
-    compared = comparison_table(groups, cfg.against)
+    compared = comparison_table(groups, cfg.against, cfg.scores)
     tables = [*pair_tables(groups), results, *filter(None, [compared, hierarchy_table(groups, answered)])]
     pictures = draw(groups, answered, Path(cfg.out).expanduser(), cfg.relations.classes, prefix)
     return Section(title, [*notes(groups), *failures], tables, pictures)
@@ -64,6 +65,9 @@ def main(cfg: DictConfig) -> None:
     root, out = Path(cfg.runs).expanduser(), output_folder(cfg.out)
     if root.is_file():
         raise UserError(f"runs={cfg.runs} is a file: give a folder, in which the runs are searched.")
+    for score in cfg.scores:
+        if score not in SCORES:
+            raise UserError(f"scores={score} is not a score: choose from {', '.join(SCORES)}.")
     runs, others = find_runs(root)
     for other in others:
         log.warning("Left out: %s is %s: %s", other.folder, other.state, other.detail)

@@ -6,10 +6,24 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
 from benchmarks import aekt_study
-from benchmarks.aekt_study import BEDS, COMMON, CONFIRMATIONS, KEPT, SETTINGS, TRIALS, Job, append_row, constants
+from benchmarks.aekt_study import (
+    BEDS,
+    COMMON,
+    CONFIRMATIONS,
+    CONFIRMED_IN,
+    KEPT,
+    SETTINGS,
+    TRIALS,
+    Job,
+    append_row,
+    constants,
+)
 from src.config.validation import validate
+from src.runs.lock import BusyError
+from src.runs.result import Result
 from tests.helpers.configure import configure
 
 TAUGHT = [setting for setting in SETTINGS if setting not in ("vanilla", "kd")]
@@ -52,7 +66,7 @@ def test_trials_compose(setting: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIRMATIONS)
 def test_confirmations_compose_and_score_once(name: str) -> None:
-    cfg = configure(*COMMON, *CONFIRMATIONS[name][1], *aekt_study.overrides_of("aekt", 0))
+    cfg = configure(*COMMON, CONFIRMED_IN, *CONFIRMATIONS[name][1], *aekt_study.overrides_of("aekt", 0))
     validate(cfg)
     assert cfg.trainer.check_val_every_n_epoch == cfg.schedule.epochs
     assert cfg.data.val_size == 0
@@ -92,3 +106,12 @@ def test_a_row_is_written_once(tmp_path: Path) -> None:
         append_row(tmp_path / "trials.csv", each)
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [(found["seed"], found["val_accuracy"]) for found in rows] == [("0", "0.5"), ("1", "0.5")]
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(cfg: DictConfig) -> Result:
+        raise BusyError("Another command trains here.")
+
+    monkeypatch.setattr(aekt_study, "train", busy)
+    aekt_study.search(argparse.Namespace(bed="cifar10", rung=1, teacher="teacher.pth", runs=str(study)))
+    assert not (study / "trials.csv").exists()

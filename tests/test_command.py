@@ -184,6 +184,7 @@ def test_a_job_in_a_worker_process_handles_signals_unless_its_launcher_does(
         ("method=kd", False),
         ("data.mean=[0.1,0.2,0.3]", False),
         ("forms=[onnx,torchscript]", False),
+        ("scores=[nll,ece]", False),
         ("hydra.searchpath=[file:///conf]", False),
     ],
 )

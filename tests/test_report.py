@@ -48,6 +48,18 @@ def test_only_comparisons_with_the_chosen_method_are_made(runs: Path, tmp_path: 
     assert "resnet8 by kd minus resnet8 alone" not in text
 
 
+def test_the_chosen_scores_are_compared(runs: Path, tmp_path: Path) -> None:
+    ran = run("report", f"runs={runs}", f"out={tmp_path / 'out'}", "answers=false", "scores=[nll,ece]")
+    assert (ran.code, ran.err) == (0, "")
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if "resnet8 by kd minus resnet8 alone" in line]
+    assert [row[2].strip() for row in rows] == ["NLL", "ECE"]
+    ran = run("report", f"runs={runs}", "scores=[loss]")
+    assert (ran.code, ran.err) == (
+        1, "error: scores=loss is not a score: choose from accuracy, top5, nll, ece, agreement.\n",
+    )  # fmt: skip
+
+
 def test_runs_of_two_protocols_have_sections_and_pictures_of_their_own(runs: Path, tmp_path: Path) -> None:
     write_run(runs, "kd", settings={"data": {"name": "other"}}, data="other")
     ran = run("report", f"runs={runs}", f"out={tmp_path / 'out'}", "answers=false")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from statistics import mean
 
@@ -14,7 +15,7 @@ from src.analysis.published import NOTE as PUBLISHED_NOTE
 from src.analysis.published import published
 from src.analysis.relations_of_runs import class_matrices, serial_layers
 from src.analysis.results import Finished, Unfinished, spread, teacher_names
-from src.analysis.statistics import CONFIDENCE, compare_paired, correct_for_multiplicity
+from src.analysis.statistics import CONFIDENCE, Comparison, compare_paired, correct_for_multiplicity
 from src.common.errors import UserError
 from src.runs.result import RunRecord, read_record
 
@@ -25,6 +26,14 @@ NOTE = (
     "best: top-1 of the best epoch, chosen with hindsight, on held-out images if there are some. agree: % of the test "
     "images that get the teacher's class. size: parameters. time: training of this network on the machine that ran it."
 )
+SCORES = {
+    "accuracy": ("top-1", 100),
+    "top5": ("top-5", 100),
+    "nll": ("NLL", 1),
+    "ece": ("ECE", 100),
+    "agreement": ("agree", 100),
+}
+"""By name of a score of the test images: its column, and the factor to the unit of the report."""
 HIERARCHY_NOTES = {
     "hierarchy": (
         "hierarchy: AUC, the probability that two classes of one superclass are related more strongly than two classes "
@@ -39,13 +48,13 @@ def results_table(groups: Groups) -> Table:
     """Make one row per setting. Empty columns are dropped."""
     columns: dict[str, Callable[[Sequence[Finished]], str]] = {
         "n": lambda runs: str(len(runs)),
-        "top-1": lambda runs: _test(runs, "accuracy"),
+        "top-1": lambda runs: _mean(runs, "accuracy"),
         "best": _best,
         "published": lambda runs: str(published(runs[0]) or "-"),
-        "top-5": lambda runs: _test(runs, "top5"),
-        "NLL": lambda runs: _test(runs, "nll", 1),
-        "ECE": lambda runs: _test(runs, "ece"),
-        "agree": lambda runs: _test(runs, "agreement"),
+        "top-5": lambda runs: _mean(runs, "top5"),
+        "NLL": lambda runs: _mean(runs, "nll"),
+        "ECE": lambda runs: _mean(runs, "ece"),
+        "agree": lambda runs: _mean(runs, "agreement"),
         "size": lambda runs: f"{runs[0].result.parameters.student / 1000:,.0f}k",
         "time": _time,
     }
@@ -55,10 +64,16 @@ def results_table(groups: Groups) -> Table:
     return Table(caption, list(kept), list(zip(*kept.values(), strict=True)))
 
 
-def _test(runs: Sequence[Finished], name: str, factor: float = 100) -> str:
-    measured = [getattr(run.result.test, name) for run in runs]
-    values = [factor * value for value in measured if value is not None]
-    return spread(values, 2 if factor == 1 else 1) if values else "-"
+def _mean(runs: Sequence[Finished], score: str) -> str:
+    values = _by_seed(runs, score).values()
+    return spread(list(values), 2 if score == "nll" else 1) if values else "-"
+
+
+def _by_seed(runs: Sequence[Finished], score: str) -> dict[int, float]:
+    """Return a score of the test images by seed, in the unit of the report. Runs without this score are left out."""
+    _, factor = SCORES[score]
+    measured = {run.result.seed: getattr(run.result.test, score) for run in runs}
+    return {seed: factor * value for seed, value in measured.items() if value is not None}
 
 
 def _time(runs: Sequence[Finished]) -> str:
@@ -91,46 +106,44 @@ def pair_tables(groups: Groups) -> list[Table]:
         return Table(caption, ["method", *taught], rows)
 
     return [
-        table("Top-1 after the last epoch, in % (n seeds).", lambda runs: f"{_test(runs, 'accuracy')} ({len(runs)})"),
+        table("Top-1 after the last epoch, in % (n seeds).", lambda runs: f"{_mean(runs, 'accuracy')} ({len(runs)})"),
         table("Top-1 of the best epoch, chosen with hindsight, in %.", _best),
         table(PUBLISHED_NOTE, lambda runs: str(published(runs[0]) or "")),
     ]
 
 
-def comparison_table(groups: Groups, against: str | None) -> Table | None:
-    """Compare every two settings of the same student by seed.
+def comparison_table(groups: Groups, against: str | None, scores: Sequence[str] = ("accuracy",)) -> Table | None:
+    """Compare every two settings of the same student by seed, in each of `scores` (keys of `SCORES`).
 
     With `against`, only the comparisons with that method are made. Returns None without comparisons.
     """
-    comparisons = []
-    for (other, others), (one, ones) in itertools.combinations(groups.items(), 2):
+    comparisons, columns = [], []
+    for score, ((other, others), (one, ones)) in itertools.product(scores, itertools.combinations(groups.items(), 2)):
         methods = {ones[0].result.method, others[0].result.method}
         if ones[0].result.student != others[0].result.student or (against and against not in methods):
             continue
-        values = [{run.result.seed: run.accuracy for run in runs} for runs in (ones, others)]
-        comparisons.append(compare_paired(one, other, *values))
+        values = [_by_seed(runs, score) for runs in (ones, others)]
+        if all(values):
+            comparisons.append(replace(compare_paired(one, other, *values), digits=3 if score == "nll" else 2))
+            columns.append(SCORES[score][0])
     if not comparisons:
         return None
     rows = [
-        [f"{c.one} minus {c.other}", _points(c.difference), _p_value(c.p), _p_value(c.corrected_p), c.verdict]
-        for c in correct_for_multiplicity(comparisons)
+        [f"{c.one} minus {c.other}", column, _signed(c), _p_value(c.p), _p_value(c.corrected_p), c.verdict]
+        for c, column in zip(correct_for_multiplicity(comparisons), columns, strict=True)
     ]
     caption = (
-        "Differences in top-1 after the last epoch, paired by seed. points: mean difference in percentage points. p: "
+        "Differences after the last epoch, paired by seed: the mean, in percentage points (NLL: in nats). p: "
         "p-value of the paired t-test. corrected p: the same after correction for the number of comparisons "
         f"({sum(not np.isnan(c.p) for c in comparisons)}; Benjamini and Yekutieli). verdict: with the "
         f"{100 * CONFIDENCE:.0f} % interval of the mean. This covers the chance of the seed, not that of the data."
     )
-    return Table(caption, ["compared", "points", "p", "corrected p", "verdict"], rows, sentences=True)
+    return Table(caption, ["compared", "score", "difference", "p", "corrected p", "verdict"], rows, sentences=True)
 
 
-def _points(value: float) -> str:
-    """Write a difference with its sign.
-
-    >>> _points(0.5), _points(float("nan"))
-    ('+0.50', '-')
-    """
-    return "-" if np.isnan(value) else f"{value:+.2f}"
+def _signed(comparison: Comparison) -> str:
+    """Write a difference with its sign, or a dash for nan."""
+    return "-" if np.isnan(comparison.difference) else f"{comparison.difference:+.{comparison.digits}f}"
 
 
 def _p_value(value: float) -> str:

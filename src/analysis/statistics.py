@@ -27,6 +27,8 @@ class Comparison:
     """The p-value of the paired two-sided t-test, or nan if the test is not possible."""
     corrected_p: float = np.nan
     """The p-value after `correct_for_multiplicity`. nan before it, or if `p` is nan."""
+    digits: int = 2
+    """The decimal places of the verdict."""
 
     @property
     def distinguishable(self) -> bool:
@@ -43,7 +45,8 @@ class Comparison:
             return "n=1: one seed does not tell a difference from chance"
         if not self.low < self.high:
             return f"with n={n} the difference is the same for every seed: this says nothing about chance"
-        interval = f"with n={n} the {100 * CONFIDENCE:.0f} % interval is {self.low:+.2f} to {self.high:+.2f}"
+        low, high = (f"{bound:+.{self.digits}f}" for bound in (self.low, self.high))
+        interval = f"with n={n} the {100 * CONFIDENCE:.0f} % interval is {low} to {high}"
         if not self.distinguishable:
             return f"{interval}: not distinguishable; n={n} is not enough to tell them apart"
         ahead = self.one if self.difference > 0 else self.other

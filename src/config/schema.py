@@ -400,6 +400,7 @@ class ReportOptions:
     out: str = MISSING
     title: str = MISSING
     against: str | None = None
+    scores: list[str] = MISSING
     answers: bool = MISSING
     relations: RelationOptions = field(default_factory=RelationOptions)
     data_root: str = MISSING

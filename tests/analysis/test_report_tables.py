@@ -96,7 +96,7 @@ def test_every_two_settings_are_compared_by_seed(runs: Path) -> None:
     table = comparison_table(groups, against=None)
     assert table
     assert table.sentences
-    assert table.columns == ["compared", "points", "p", "corrected p", "verdict"]
+    assert table.columns == ["compared", "score", "difference", "p", "corrected p", "verdict"]
     assert [row[0] for row in table.rows] == [
         "resnet8 by kd minus resnet8 alone", "resnet8 by dkd minus resnet8 alone", "resnet8 by dkd minus resnet8 by kd",
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def test_a_difference_that_is_significant_only_by_itself_is_called_so(tmp_path: 
     assert alone
     assert among
     assert "distinguishable, resnet8 by kd is higher" in alone.rows[0][-1]
-    assert alone.rows[0][2] == alone.rows[0][3] == among.rows[0][2]
+    assert alone.rows[0][3] == alone.rows[0][4] == among.rows[0][3]
     assert among.rows[0][0] == alone.rows[0][0]
     assert "resnet8 by kd is higher, but the difference is not significant after correction" in among.rows[0][-1]
 
@@ -149,8 +149,28 @@ def test_a_comparison_of_one_seed_has_no_p_value_and_does_not_count(runs: Path) 
     assert table
     rows = {row[0]: row for row in table.rows}
     assert len(rows) == 6
-    assert rows["resnet8 by at minus resnet8 by kd"][1:4] == ["+0.00", "-", "-"]
+    assert rows["resnet8 by at minus resnet8 by kd"][2:5] == ["+0.00", "-", "-"]
     assert "number of comparisons (3; Benjamini and Yekutieli)" in table.caption
+
+
+def test_several_scores_are_compared_each_in_its_unit(tmp_path: Path) -> None:
+    scores = {
+        "vanilla": [{"nll": 1.0}, {"nll": 1.1}],
+        "kd": [{"nll": 1.013, "agreement": 0.5}, {"nll": 1.113, "agreement": 0.6}],
+        "dkd": [{"nll": 1.02, "agreement": 0.51}, {"nll": 1.16, "agreement": 0.63}],
+    }
+    for method, by_seed in scores.items():
+        for seed, test in enumerate(by_seed):
+            write_run(tmp_path, method, seed, test={"accuracy": 0.5, "top5": 0.9, "ece": 0.1, **test})
+    table = comparison_table(group(find_runs(tmp_path)[0]), against=None, scores=["nll", "agreement"])
+    assert table
+    assert [row[:3] for row in table.rows] == [
+        ["resnet8 by kd minus resnet8 alone", "NLL", "+0.013"],
+        ["resnet8 by dkd minus resnet8 alone", "NLL", "+0.040"],
+        ["resnet8 by dkd minus resnet8 by kd", "NLL", "+0.027"],
+        ["resnet8 by dkd minus resnet8 by kd", "agree", "+2.00"],  # a student alone has no teacher to agree with
+    ]
+    assert "interval is -0.227 to +0.281" in table.rows[2][-1]
 
 
 def test_students_of_different_networks_are_not_compared(tmp_path: Path) -> None:
@@ -250,6 +270,6 @@ def test_a_report_never_prints_nan(tmp_path: Path) -> None:
     assert columns_of(results)["top-1"] == ["50.0", "60.0", "40.0"]
     assert columns_of(results)["NLL"] == ["1.50", "1.50", "-"]
     assert columns_of(results)["time"] == ["10 s", "-", "10 s"]
-    assert columns_of(compared)["points"] == ["-", "-", "-"]
+    assert columns_of(compared)["difference"] == ["-", "-", "-"]
     text = markdown([Section("results", tables=[results, compared])])
     assert not re.search(r"\b(nan|inf)\b", text)
