@@ -13,6 +13,7 @@ from benchmarks.aekt_study import (
     BEDS,
     COMMON,
     CONFIRMATIONS,
+    CONFIRMED,
     CONFIRMED_IN,
     KEPT,
     SETTINGS,
@@ -97,7 +98,10 @@ def test_the_choice_is_the_best_mean_over_all_seeds(study: Path) -> None:
     )
     aekt_study.choose(options)
     frozen = json.loads((study / "frozen.json").read_text())
-    assert frozen == {"cifar10": {setting: aekt_study.overrides_of(setting, better) for setting in SETTINGS}}
+    searched = {setting: aekt_study.overrides_of(setting, better) for setting in SETTINGS}
+    serial = aekt_study.with_layer_of(searched["dkd serial"], searched["aekt"])
+    assert frozen == {"cifar10": {**searched, "aekt serial": serial}}
+    assert set(CONFIRMED) <= set(frozen["cifar10"])
 
 
 def test_a_row_is_written_once(tmp_path: Path) -> None:
@@ -112,6 +116,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(study: Path, monkeypatc
     def busy(cfg: DictConfig) -> Result:
         raise BusyError("Another command trains here.")
 
+    monkeypatch.setattr(aekt_study, "TRIALS", 1)
     monkeypatch.setattr(aekt_study, "train", busy)
     aekt_study.search(argparse.Namespace(bed="cifar10", rung=1, teacher="teacher.pth", runs=str(study)))
     assert not (study / "trials.csv").exists()

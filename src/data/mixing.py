@@ -34,7 +34,7 @@ class MixUp:
     The weight of the image itself has the distribution Beta(alpha, alpha). It is drawn for each image.
     """
 
-    alpha: PositiveFloat = 0.2
+    alpha: PositiveFloat = 1.0
 
     def __call__(self, images: Tensor, partners: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Mix as described in `Mixing`."""
