@@ -178,6 +178,7 @@ def test_a_run_becomes_a_folder_for_the_hub(finished_run: Path, array_file: Path
     assert "same top-1 on 50 of 50 images" in ran.out
     assert f"hf upload USER/NAME {out}" in ran.out
     assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     refuse_traces(out, tmp_path, moved.parent, finished_run, array_file.parent)
 
     text = (out / "README.md").read_text()

@@ -160,7 +160,8 @@ def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, meta
             torch.jit.save(program, str(file), _extra_files={METADATA_FILE: json.dumps(encoded)})
     else:
         tensors = {name: value.clone() for name, value in _weights(network).items()}
-        import_extra("safetensors.torch").save_file(tensors, file, metadata=encoded)
+        # `save_file` would let nobody but the owner read the file.
+        file.write_bytes(import_extra("safetensors.torch").save(tensors, metadata=encoded))
 
 
 def _export(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

@@ -90,6 +90,8 @@ def test_the_file_holds_the_metadata(format: str, tmp_path: Path) -> None:
     export_checked(network, file, form, images, METADATA, images, predict_in_batches(network, images))
     stored = {key: json.loads(value) for key, value in stored_metadata(file, format).items()}
     assert stored == {**METADATA, "normalisation": "outside" if format == "safetensors" else "inside"}
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 class Projected(Vanilla):
