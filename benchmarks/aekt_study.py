@@ -2,6 +2,7 @@
 
     python -m benchmarks.aekt_study search --bed cifar10 --rung 1 --teacher FILE --runs FOLDER
     python -m benchmarks.aekt_study choose --bed cifar10
+    python -m benchmarks.aekt_study combine --bed cifar10 --teacher FILE --runs FOLDER
     python -m benchmarks.aekt_study confirm --bed cifar10 --teacher FILE --runs FOLDER
 
 A bed is data, a teacher and a student. Every setting gets the same number of trials. Trial number i has the same
@@ -11,7 +12,8 @@ compared pairwise. Trial 0 has the constants of the literature, or this project'
 The search halves in two rungs. Rung 1 tries all trials with one seed. Rung 2 gives the best trials of each setting
 further seeds. `choose` takes the best mean validation accuracy after the last epoch, and writes the frozen settings.
 It adds one setting that was not searched: `aekt serial`, with the loss of `aekt` and the layer of `dkd serial`.
-`confirm` trains them with eight seeds, and scores the test images once, after the last epoch.
+`combine` scores it on the held-out images. `confirm` trains the settings with eight seeds, and scores the test images
+once, after the last epoch.
 
 Commands resume: finished runs are not trained again. The same command in a second process shares the work: a run that
 another process trains is skipped.
@@ -80,7 +82,9 @@ CONFIRMATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """By name of a confirmation: the bed whose frozen settings it takes, and its overrides."""
 CONFIRMATION_SEEDS = range(8)
-CONFIRMED = ("vanilla", "kd", "dkd", "dkd serial", "one", "aekt", "aekt serial")
+COMBINED = "aekt serial"
+"""A setting that is not searched: the loss of `aekt` with the layer of `dkd serial`."""
+CONFIRMED = ("vanilla", "kd", "dkd", "dkd serial", "one", "aekt", COMBINED)
 """The settings that are confirmed. `dkd alpha` is not: its best trial has an alpha of 1, so it is `dkd`."""
 TRIALS = 12
 """The number of trials of each setting in rung 1."""
@@ -211,20 +215,24 @@ def search(options: argparse.Namespace) -> None:
         if any((row["setting"], int(row["trial"]), int(row["seed"])) == job for row in read_trials(options.bed)):
             continue
         print(f"{number + 1} of {len(jobs)}: {job}", flush=True)
-        result = run(options, *BEDS[options.bed], *overrides_of(job.setting, job.trial), f"seed={job.seed}")
-        if result is None:
-            continue
-        assert result.val is not None
-        drawn = constants(job.setting, job.trial)
-        row = {
-            "bed": options.bed,
-            **job._asdict(),
-            "val_accuracy": round(result.val.accuracy, 5),
-            "val_nll": round(result.val.nll, 4),
-            "val_ece": round(result.val.ece, 4),
-            "options": " ".join(f"{name}={value}" for name, value in drawn.items()),
-        }
-        append_row(TRIALS_FILE, row)
+        try_out(options, job, overrides_of(job.setting, job.trial))
+
+
+def try_out(options: argparse.Namespace, job: Job, overrides: Sequence[str]) -> None:
+    """Train a run of the search, and append its scores on held-out images to the CSV file."""
+    result = run(options, *BEDS[options.bed], *overrides, f"seed={job.seed}")
+    if result is None:
+        return
+    assert result.val is not None
+    row = {
+        "bed": options.bed,
+        **job._asdict(),
+        "val_accuracy": round(result.val.accuracy, 5),
+        "val_nll": round(result.val.nll, 4),
+        "val_ece": round(result.val.ece, 4),
+        "options": " ".join(override for override in overrides if override not in SETTINGS.get(job.setting, ())),
+    }
+    append_row(TRIALS_FILE, row)
 
 
 def read_trials(bed: str) -> list[dict[str, str]]:
@@ -250,7 +258,7 @@ def choose(options: argparse.Namespace) -> None:
         best = max(accuracies, key=lambda trial: mean(accuracies[trial]))
         frozen[options.bed][setting] = overrides_of(setting, best)
         print(f"{setting}: trial {best}, {100 * mean(accuracies[best]):.2f} % of the held-out images")
-    frozen[options.bed]["aekt serial"] = with_layer_of(frozen[options.bed]["dkd serial"], frozen[options.bed]["aekt"])
+    frozen[options.bed][COMBINED] = with_layer_of(frozen[options.bed]["dkd serial"], frozen[options.bed]["aekt"])
     FROZEN_FILE.write_text(json.dumps(frozen, indent=2) + "\n")
 
 
@@ -260,6 +268,13 @@ def with_layer_of(one: Sequence[str], other: Sequence[str]) -> list[str]:
         *(override for override in other if not override.startswith("serialization")),
         *(override for override in one if override.startswith("serialization")),
     ]
+
+
+def combine(options: argparse.Namespace) -> None:
+    """Train the combined setting with all seeds of the search."""
+    overrides = json.loads(FROZEN_FILE.read_text())[options.bed][COMBINED]
+    for seed in (*SEEDS[1], *SEEDS[2]):
+        try_out(options, Job(COMBINED, 0, seed), overrides)
 
 
 def confirm(options: argparse.Namespace) -> None:
@@ -280,13 +295,13 @@ def main() -> None:
     """Read the command line."""
     set_up_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["search", "choose", "confirm"])
+    parser.add_argument("action", choices=["search", "choose", "combine", "confirm"])
     parser.add_argument("--bed", choices=[*BEDS, *CONFIRMATIONS], required=True)
     parser.add_argument("--rung", type=int, choices=SEEDS, default=1)
     parser.add_argument("--teacher", help="the teacher's checkpoint")
     parser.add_argument("--runs", help="the folder of run folders")
     options = parser.parse_args()
-    {"search": search, "choose": choose, "confirm": confirm}[options.action](options)
+    {"search": search, "choose": choose, "combine": combine, "confirm": confirm}[options.action](options)
 
 
 if __name__ == "__main__":
