@@ -116,7 +116,7 @@ def test_a_method_that_is_added_to_another_gets_its_constants_by_pair_too() -> N
         ("kd", "resnet50_to_mobilenetv2", {"temperature": 3.0, "kd_weight": 1.0}),
         ("kd", "resnet34_to_resnet18", {"temperature": 2.0, "kd_weight": 9.0, "cross_entropy_weight": 0.1}),
         ("dkd", "resnet56_to_resnet20", {"temperature": 3.0, "alpha": 18.0, "beta": 36.0}),
-        ("aekt", "resnet32x4_to_resnet8x4", {"temperature": 2.0, "alpha": 9.0, "beta": 72.0, "gamma": 0.4}),
+        ("aekt", "resnet32x4_to_resnet8x4", {"temperature": 2.0, "alpha": 9.0, "beta": 72.0, "gamma": 0.55}),
         ("aekt", "slimnet600k_to_resnet8", {"temperature": 2.0, "alpha": 9.0, "beta": 18.0}),
         ("ctkd", "wrn40_2_to_wrn16_2", {"kd_weight": 9.0}),
         ("mlkd", "wrn40_2_to_wrn16_2", {"kd_weight": 9.0}),

@@ -88,7 +88,7 @@ def test_the_folder_of_runs_is_not_part_of_the_identity() -> None:
         "averaging=ema",
         "method.gamma=0.41",
         "method.beta=6.1",
-        "method.weighting=log_ratio",
+        "method.weighting=ratio",
         "serialization=none",
         "serialization=parallel",
         "serialization.lr_scale=0.2",
