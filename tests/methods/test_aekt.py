@@ -94,7 +94,8 @@ def test_the_relative_weight_shares_a_fixed_total_out(shift: float):
 def test_the_weight_can_have_a_temperature_of_its_own():
     own, distilled, teacher, target = three_logits()
     batch, logits = observed(distilled, teacher, target, own=own)
-    term = configured("aekt", temperature=4.0, weight_temperature=1.5).all_terms(batch, logits)["explicit_transfer"]
+    options: dict[str, Any] = {"weighting": "ratio", "max_weight": 10.0, "weight_temperature": 1.5}
+    term = configured("aekt", **options).all_terms(batch, logits)["explicit_transfer"]
     p, q = ((each / 1.5).softmax(dim=1).gather(1, target[:, None])[:, 0] for each in (distilled, teacher))
     log_p = (distilled / 4.0).log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     loss = -4.0 * ((q / p).clamp(max=10.0).detach() * log_p).mean()
@@ -108,7 +109,8 @@ def test_the_weight_can_have_a_temperature_of_its_own():
 
 def test_terms_are_cross_entropy_and_the_three_losses():
     own, distilled, teacher, target = three_logits()
-    terms = configured("aekt").all_terms(*observed(distilled, teacher, target, own=own, views=2))
+    method = configured("aekt", weighting="ratio", max_weight=10.0)
+    terms = method.all_terms(*observed(distilled, teacher, target, own=own, views=2))
     stated = {"tckd": "tckd", "nckd": "nckd", "explicit_transfer": "ratio"}
     assert set(terms) == {"cross_entropy", *stated}
     for term, name in stated.items():
@@ -130,11 +132,12 @@ def test_terms_are_cross_entropy_and_the_three_losses():
 def test_every_option_of_explicit_transfer_reaches_the_loss(options: dict[str, Any]):
     own, distilled, teacher, target = three_logits()
     batch, logits = observed(distilled, teacher, target, own=own)
-    default = configured("aekt").all_terms(batch, logits)["explicit_transfer"]
-    term = configured("aekt", **options).all_terms(batch, logits)["explicit_transfer"]
-    chosen = {"weighting": "ratio", "max_weight": 10.0, "confidence_term": True, **options}
+    others: dict[str, Any] = {"weighting": "ratio", "max_weight": 10.0, "confidence_term": True}
+    without = configured("aekt", **others).all_terms(batch, logits)["explicit_transfer"]
+    chosen = {**others, **options}
+    term = configured("aekt", **chosen).all_terms(batch, logits)["explicit_transfer"]
     assert term == explicit_transfer_loss(distilled, teacher, target, 4.0, **chosen)
-    assert term != default
+    assert term != without
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_every_option_of_explicit_transfer_reaches_the_loss(options: dict[str, A
 def test_distillation_warms_up_as_dkd_does(epoch: int, epochs: int, factor: float):
     pair = "wrn40_2_to_wrn16_2"
     options: dict[str, Any] = {"alpha": 1.5, "warmup_epochs": epochs}
-    made = configured("aekt", pair, **options)
+    made = configured("aekt", pair, gamma=0.4, **options)
     weights = {"cross_entropy": 1.0, "tckd": factor * 1.5, "nckd": factor * 6.0, "explicit_transfer": factor * 0.4}
     assert made.weights(epoch) == pytest.approx(weights)
     assert configured("dkd", pair, **options).weights(epoch).items() <= made.weights(epoch).items()
