@@ -288,7 +288,15 @@ def confirm(options: argparse.Namespace) -> None:
         print(f"{number + 1} of {len(jobs)}: {setting}, seed {seed}", flush=True)
         result = run(options, CONFIRMED_IN, *overrides, *frozen[setting], f"seed={seed}")
         if result:
-            result.write(folder / f"{setting.replace(' ', '_')}-seed{seed}.json")
+            without_folder(result).write(folder / f"{setting.replace(' ', '_')}-seed{seed}.json")
+
+
+def without_folder(result: Result) -> Result:
+    """Reduce the path of the teacher to the name of its file."""
+    if result.teacher is None or result.teacher.source is None:
+        return result
+    teacher = result.teacher.model_copy(update={"source": Path(result.teacher.source).name})
+    return result.model_copy(update={"teacher": teacher})
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from src.config.validation import validate
 from src.runs.lock import BusyError
 from src.runs.result import Result
 from tests.helpers.configure import configure
+from tests.helpers.run_folders import TEACHER, make_result
 
 TAUGHT = [setting for setting in SETTINGS if setting not in ("vanilla", "kd")]
 
@@ -110,6 +111,15 @@ def test_a_row_is_written_once(tmp_path: Path) -> None:
         append_row(tmp_path / "trials.csv", each)
     rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
     assert [(found["seed"], found["val_accuracy"]) for found in rows] == [("0", "0.5"), ("1", "0.5")]
+
+
+def test_copied_results_name_no_folder_of_this_machine() -> None:
+    teacher = {**TEACHER, "source": "/home/me/teachers/resnet20.pth"}
+    copied = aekt_study.without_folder(make_result(teacher=teacher))
+    assert copied.teacher is not None
+    assert copied.teacher.source == "resnet20.pth"
+    alone = make_result("vanilla")
+    assert aekt_study.without_folder(alone) == alone
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
