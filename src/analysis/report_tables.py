@@ -3,8 +3,10 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,14 +28,24 @@ NOTE = (
     "best: top-1 of the best epoch, chosen with hindsight, on held-out images if there are some. agree: % of the test "
     "images that get the teacher's class. size: parameters. time: training of this network on the machine that ran it."
 )
+
+
+class Score(NamedTuple):
+    """How a report shows a score of the test images: as a percentage, unless it says otherwise."""
+
+    column: str
+    factor: int = 100
+    digits: int = 1
+    """The decimal places of a mean. A difference has one more."""
+
+
 SCORES = {
-    "accuracy": ("top-1", 100),
-    "top5": ("top-5", 100),
-    "nll": ("NLL", 1),
-    "ece": ("ECE", 100),
-    "agreement": ("agree", 100),
+    "accuracy": Score("top-1"),
+    "top5": Score("top-5"),
+    "nll": Score("NLL", factor=1, digits=2),
+    "ece": Score("ECE"),
+    "agreement": Score("agree"),
 }
-"""By name of a score of the test images: its column, and the factor to the unit of the report."""
 HIERARCHY_NOTES = {
     "hierarchy": (
         "hierarchy: AUC, the probability that two classes of one superclass are related more strongly than two classes "
@@ -51,10 +63,7 @@ def results_table(groups: Groups) -> Table:
         "top-1": lambda runs: _mean(runs, "accuracy"),
         "best": _best,
         "published": lambda runs: str(published(runs[0]) or "-"),
-        "top-5": lambda runs: _mean(runs, "top5"),
-        "NLL": lambda runs: _mean(runs, "nll"),
-        "ECE": lambda runs: _mean(runs, "ece"),
-        "agree": lambda runs: _mean(runs, "agreement"),
+        **{SCORES[name].column: partial(_mean, score=name) for name in ("top5", "nll", "ece", "agreement")},
         "size": lambda runs: f"{runs[0].result.parameters.student / 1000:,.0f}k",
         "time": _time,
     }
@@ -66,14 +75,13 @@ def results_table(groups: Groups) -> Table:
 
 def _mean(runs: Sequence[Finished], score: str) -> str:
     values = _by_seed(runs, score).values()
-    return spread(list(values), 2 if score == "nll" else 1) if values else "-"
+    return spread(list(values), SCORES[score].digits) if values else "-"
 
 
 def _by_seed(runs: Sequence[Finished], score: str) -> dict[int, float]:
     """Return a score of the test images by seed, in the unit of the report. Runs without this score are left out."""
-    _, factor = SCORES[score]
     measured = {run.result.seed: getattr(run.result.test, score) for run in runs}
-    return {seed: factor * value for seed, value in measured.items() if value is not None}
+    return {seed: SCORES[score].factor * value for seed, value in measured.items() if value is not None}
 
 
 def _time(runs: Sequence[Finished]) -> str:
@@ -124,8 +132,8 @@ def comparison_table(groups: Groups, against: str | None, scores: Sequence[str] 
             continue
         values = [_by_seed(runs, score) for runs in (ones, others)]
         if all(values):
-            comparisons.append(replace(compare_paired(one, other, *values), digits=3 if score == "nll" else 2))
-            columns.append(SCORES[score][0])
+            comparisons.append(replace(compare_paired(one, other, *values), digits=SCORES[score].digits + 1))
+            columns.append(SCORES[score].column)
     if not comparisons:
         return None
     rows = [

@@ -160,7 +160,7 @@ def write_form(network: nn.Module, file: Path, form: Form, example: Tensor, meta
             torch.jit.save(program, str(file), _extra_files={METADATA_FILE: json.dumps(encoded)})
     else:
         tensors = {name: value.clone() for name, value in _weights(network).items()}
-        # `save_file` would let nobody but the owner read the file.
+        # `save_file` makes a file that only its owner can read.
         file.write_bytes(import_extra("safetensors.torch").save(tensors, metadata=encoded))
 
 

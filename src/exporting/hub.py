@@ -110,7 +110,7 @@ def export_folder(
         check = compare(predict_in_batches(network, images), exported, target)
         refuse_mismatch(check, Form("hub", "float32"))
         write_text(staged / CARD, readme(staged / WEIGHTS, opened, metadata, result, check))
-        (staged / WEIGHTS).chmod((staged / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
+        (staged / WEIGHTS).chmod((staged / CONFIG).stat().st_mode)  # safetensors makes it private
         folder.mkdir(exist_ok=True)
         for file in (WEIGHTS, CONFIG, CARD):
             (staged / file).replace(folder / file)
