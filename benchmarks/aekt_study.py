@@ -278,17 +278,29 @@ def combine(options: argparse.Namespace) -> None:
 
 
 def confirm(options: argparse.Namespace) -> None:
-    """Train the frozen settings with all seeds, and copy the result files."""
+    """Train the frozen settings with all seeds, and copy the result files. Runs with a copy are not trained again."""
     bed, overrides = CONFIRMATIONS[options.bed]
     frozen = json.loads(FROZEN_FILE.read_text())[bed]
     jobs = [(seed, setting) for seed in CONFIRMATION_SEEDS for setting in CONFIRMED]
-    folder = STUDY / options.bed.replace(", ", "_").replace(" ", "_").replace("%", "percent")
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (seed, setting) in enumerate(jobs):
+        file = STUDY / result_file(options.bed, setting, seed)
+        if file.exists():
+            continue
         print(f"{number + 1} of {len(jobs)}: {setting}, seed {seed}", flush=True)
         result = run(options, CONFIRMED_IN, *overrides, *frozen[setting], f"seed={seed}")
         if result:
-            without_folder(result).write(folder / f"{setting.replace(' ', '_')}-seed{seed}.json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            without_folder(result).write(file)
+
+
+def result_file(bed: str, setting: str, seed: int | str) -> str:
+    """Name the result file of a confirmation, relative to the study's folder. `src.report` reads these files.
+
+    >>> result_file("cifar10, 20 % wrong labels", "dkd serial", 3)
+    'cifar10_20_percent_wrong_labels/dkd_serial-seed3/result.json'
+    """
+    folder = bed.replace(",", "").replace("%", "percent").replace(" ", "_")
+    return f"{folder}/{setting.replace(' ', '_')}-seed{seed}/result.json"
 
 
 def without_folder(result: Result) -> Result:
