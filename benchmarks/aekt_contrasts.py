@@ -2,11 +2,12 @@
 
     python -m benchmarks.aekt_contrasts
 
-The command reads the result files below results/aekt_study. It prints a Markdown table of the differences, and draws
-them in contrasts.png.
+The command reads the result files below results/aekt_study. There it writes contrasts.md, a table of the differences,
+and draws them in contrasts.png.
 """
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from benchmarks.aekt_study import CONFIRMATIONS, CONFIRMED, STUDY, result_file
 from src.analysis.figures import COLOURS, STYLE, save
 from src.analysis.report_tables import SCORES
 from src.analysis.statistics import CONFIDENCE, Comparison, compare_paired, correct_for_multiplicity
+from src.common.files import write_text
 from src.runs.result import Result, read_record
 
 CONTRASTS = {
@@ -77,16 +79,21 @@ def contrasts_of(results: Mapping[str, Mapping[str, Sequence[Result]]]) -> list[
 
 
 def markdown_table(contrasts: Sequence[Contrast]) -> str:
-    """Write one row for each bed and difference, with 95 % intervals. Significant differences are bold."""
+    """Write one row for each difference and bed, with 95 % intervals. Significant differences are bold."""
+    tested = sum(not isnan(contrast.found.p) for contrast in contrasts)
+    caption = (
+        "95 % intervals of the mean difference after the last epoch, paired by seed, in percentage points (NLL: in "
+        f"nats). Bold: significant after correction for the number of comparisons ({tested}; Benjamini and Yekutieli)."
+    )
     rows: dict[tuple[str, str], list[str]] = {}
     for contrast in contrasts:
         digits = SCORES[contrast.score].digits
         low, high = (f"{bound:+.{digits}f}" for bound in (contrast.found.low, contrast.found.high))
-        cell = f"{low} to {high}"
+        cell = "-" if isnan(contrast.found.low) else f"{low} to {high}"
         rows.setdefault((contrast.name, contrast.bed), []).append(f"**{cell}**" if contrast.significant else cell)
     head = ["difference", "data", *(SCORES[score].column for score in COMPARED)]
     lines = [head, ["---"] * len(head), *([*key, *cells] for key, cells in rows.items())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption, ""])
 
 
 def draw(contrasts: Sequence[Contrast]) -> Figure:
@@ -117,9 +124,9 @@ def _draw_interval(panel: Axes, contrast: Contrast, height: float, colour: str) 
 
 
 def main() -> None:
-    """Print the table, and draw the figure."""
+    """Write the table, and draw the figure."""
     contrasts = contrasts_of(read_results(STUDY))
-    print(markdown_table(contrasts))
+    write_text(STUDY / "contrasts.md", markdown_table(contrasts))
     save(draw(contrasts), STUDY / "contrasts.png")
 
 
