@@ -18,7 +18,8 @@ from matplotlib.lines import Line2D
 
 from benchmarks.aekt_study import CONFIRMATIONS, CONFIRMED, STUDY, result_file
 from src.analysis.figures import COLOURS, STYLE, save
-from src.analysis.report_tables import SCORES
+from src.analysis.report_tables import SCORES, by_seed
+from src.analysis.results import Finished
 from src.analysis.statistics import CONFIDENCE, Comparison, compare_paired, correct_for_multiplicity
 from src.common.files import write_text
 from src.runs.result import Result, read_record
@@ -49,25 +50,24 @@ class Contrast(NamedTuple):
         return self.found.corrected_p <= 1 - CONFIDENCE
 
 
-def read_results(study: Path) -> dict[str, dict[str, list[Result]]]:
+def read_results(study: Path) -> dict[str, dict[str, list[Finished]]]:
     """Read the result files of the study, by bed and setting. Beds without a result are left out."""
     files = {
         bed: {setting: sorted(study.glob(result_file(bed, setting, "*"))) for setting in CONFIRMED}
         for bed in CONFIRMATIONS
     }
     return {
-        bed: {setting: [read_record(Result, file) for file in found] for setting, found in of_bed.items()}
+        bed: {
+            setting: [Finished(file.parent, read_record(Result, file)) for file in found]
+            for setting, found in of_bed.items()
+        }
         for bed, of_bed in files.items()
         if any(of_bed.values())
     }
 
 
-def contrasts_of(results: Mapping[str, Mapping[str, Sequence[Result]]]) -> list[Contrast]:
+def contrasts_of(results: Mapping[str, Mapping[str, Sequence[Finished]]]) -> list[Contrast]:
     """Compare the settings by seed. The p-values are corrected for all comparisons together."""
-
-    def by_seed(runs: Sequence[Result], score: str) -> dict[int, float]:
-        return {run.seed: SCORES[score].factor * getattr(run.test, score) for run in runs}
-
     contrasts = [
         Contrast(bed, name, score, compare_paired(one, other, by_seed(runs[one], score), by_seed(runs[other], score)))
         for name, (one, other) in CONTRASTS.items()
@@ -102,10 +102,9 @@ def draw(contrasts: Sequence[Contrast]) -> Figure:
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(COMPARED), figsize=(12, 4.6), sharey=True)
         for panel, score in zip(panels, COMPARED, strict=True):
-            for row, name in enumerate(CONTRASTS):
-                for place, bed in enumerate(beds):
-                    found = next(c for c in contrasts if (c.bed, c.name, c.score) == (bed, name, score))
-                    _draw_interval(panel, found, row + 0.17 * (place - (len(beds) - 1) / 2), COLOURS[place + 1])
+            for contrast in (each for each in contrasts if each.score == score):
+                row, place = list(CONTRASTS).index(contrast.name), beds.index(contrast.bed)
+                _draw_interval(panel, contrast, row + 0.17 * (place - (len(beds) - 1) / 2), COLOURS[place + 1])
             panel.axvline(0, color="grey", lw=0.8)
             panel.grid(axis="x", alpha=0.25)
             unit = "points" if SCORES[score].factor == 100 else "nats"

@@ -74,11 +74,11 @@ def results_table(groups: Groups) -> Table:
 
 
 def _mean(runs: Sequence[Finished], score: str) -> str:
-    values = _by_seed(runs, score).values()
+    values = by_seed(runs, score).values()
     return spread(list(values), SCORES[score].digits) if values else "-"
 
 
-def _by_seed(runs: Sequence[Finished], score: str) -> dict[int, float]:
+def by_seed(runs: Sequence[Finished], score: str) -> dict[int, float]:
     """Return a score of the test images by seed, in the unit of the report. Runs without this score are left out."""
     measured = {run.result.seed: getattr(run.result.test, score) for run in runs}
     return {seed: SCORES[score].factor * value for seed, value in measured.items() if value is not None}
@@ -130,7 +130,7 @@ def comparison_table(groups: Groups, against: str | None, scores: Sequence[str] 
         methods = {ones[0].result.method, others[0].result.method}
         if ones[0].result.student != others[0].result.student or (against and against not in methods):
             continue
-        values = [_by_seed(runs, score) for runs in (ones, others)]
+        values = [by_seed(runs, score) for runs in (ones, others)]
         if all(values):
             comparisons.append(replace(compare_paired(one, other, *values), digits=SCORES[score].digits + 1))
             columns.append(SCORES[score].column)
