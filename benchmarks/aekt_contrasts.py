@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from tabulate import tabulate
 
 from benchmarks.aekt_study import CONFIRMATIONS, CONFIRMED, STUDY, result_file
 from src.analysis.figures import COLOURS, STYLE, save
@@ -92,8 +93,8 @@ def markdown_table(contrasts: Sequence[Contrast]) -> str:
         cell = "-" if isnan(contrast.found.low) else f"{low} to {high}"
         rows.setdefault((contrast.name, contrast.bed), []).append(f"**{cell}**" if contrast.significant else cell)
     head = ["difference", "data", *(SCORES[score].column for score in COMPARED)]
-    lines = [head, ["---"] * len(head), *([*key, *cells] for key, cells in rows.items())]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption, ""])
+    body = tabulate([[*key, *cells] for key, cells in rows.items()], head, tablefmt="pipe", disable_numparse=True)
+    return f"{body}\n\n{caption}\n"
 
 
 def draw(contrasts: Sequence[Contrast]) -> Figure:

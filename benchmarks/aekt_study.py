@@ -79,6 +79,10 @@ CONFIRMATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "cifar10",
         ("data=cifar100", "data.train_size=2500", "schedule.epochs=40", "model=slimnet600k_to_resnet8"),
     ),
+    "cifar100, 60 epochs": (
+        "cifar10",
+        ("data=cifar100", "data.train_size=10000", "schedule.epochs=60", "model=slimnet600k_to_resnet8"),
+    ),
 }
 """By name of a confirmation: the bed whose frozen settings it takes, and its overrides."""
 CONFIRMATION_SEEDS = range(8)
@@ -278,10 +282,10 @@ def combine(options: argparse.Namespace) -> None:
 
 
 def confirm(options: argparse.Namespace) -> None:
-    """Train the frozen settings with all seeds, and copy the result files. Runs with a copy are not trained again."""
+    """Train frozen settings with all seeds, and copy the result files. Runs with a copy are not trained again."""
     bed, overrides = CONFIRMATIONS[options.bed]
     frozen = json.loads(FROZEN_FILE.read_text())[bed]
-    jobs = [(seed, setting) for seed in CONFIRMATION_SEEDS for setting in CONFIRMED]
+    jobs = [(seed, setting) for seed in CONFIRMATION_SEEDS for setting in options.settings]
     for number, (seed, setting) in enumerate(jobs):
         file = STUDY / result_file(options.bed, setting, seed)
         if file.exists():
@@ -318,6 +322,7 @@ def main() -> None:
     parser.add_argument("action", choices=["search", "choose", "combine", "confirm"])
     parser.add_argument("--bed", choices=[*BEDS, *CONFIRMATIONS], required=True)
     parser.add_argument("--rung", type=int, choices=SEEDS, default=1)
+    parser.add_argument("--settings", nargs="+", choices=CONFIRMED, default=CONFIRMED, help="those to confirm")
     parser.add_argument("--teacher", help="the teacher's checkpoint")
     parser.add_argument("--runs", help="the folder of run folders")
     options = parser.parse_args()

@@ -142,11 +142,12 @@ def test_a_confirmation_with_a_result_file_is_not_trained_again(study: Path, mon
     monkeypatch.setattr(aekt_study, "STUDY", study)
     monkeypatch.setattr(aekt_study, "FROZEN_FILE", aekt_study.ROOT / "results" / "aekt_study" / "frozen.json")
     monkeypatch.setattr(aekt_study, "CONFIRMATION_SEEDS", (0,))
-    monkeypatch.setattr(aekt_study, "CONFIRMED", ("vanilla", "kd"))
     monkeypatch.setattr(aekt_study, "train", train)
     file = study / aekt_study.result_file("cifar10", "vanilla", 0)
     file.parent.mkdir(parents=True)
     make_result("vanilla").write(file)
     for _ in range(2):
-        aekt_study.confirm(argparse.Namespace(bed="cifar10", teacher="teacher.pth", runs=str(study)))
+        aekt_study.confirm(
+            argparse.Namespace(bed="cifar10", settings=("vanilla", "kd"), teacher="teacher.pth", runs=str(study))
+        )
     assert trained == [("kd", 0)]
