@@ -226,7 +226,8 @@ def _name_groups(
         mine = _flat(json.loads(decides(runs[0])))
         alike = [_flat(json.loads(decides(other[0]))) for other in groups if name(other[0]) == name(runs[0])]
         keys = sorted({key for settings in alike for key in settings if len({s.get(key) for s in alike}) > 1})
-        differing = ", ".join(f"{key.rpartition('.')[2]}={mine.get(key, '-')}" for key in keys)
+        short = {key: key.rpartition(".")[2] for key in keys}
+        differing = ", ".join(f"{short[key]}={mine[key]}" if key in mine else f"no {short[key]}" for key in keys)
         text = f"{name(runs[0])} ({differing})" if differing else name(runs[0])
         named[text if text not in named else f"{text} #{len(named)}"] = runs
     return named

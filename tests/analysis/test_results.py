@@ -46,9 +46,16 @@ def test_another_batch_size_makes_another_table_but_another_learning_rate_does_n
         ("at", {"epochs": 3, "learning_rate": 0.1, "batch_size": 8}),
     ]:
         write_run(tmp_path, method, settings={"schedule": schedule})
-    tables = by_protocol(find_runs(tmp_path)[0])
-    assert sorted(len(runs) for runs in tables.values()) == [1, 2]
-    assert all(title.startswith("colours, 200 training images, 3 epochs (batch_size=") for title in tables)
+    data = "colours, 200 training images, 3 epochs"
+    counts = {title: len(runs) for title, runs in by_protocol(find_runs(tmp_path)[0]).items()}
+    assert counts == {f"{data} (no batch_size)": 2, f"{data} (batch_size=8)": 1}
+
+
+def test_a_table_says_which_setting_it_lacks(tmp_path: Path) -> None:
+    for data in ({}, {"wrong_labels": 0.2}):
+        write_run(tmp_path, settings={"data": data, "schedule": {"epochs": 3}})
+    data = "colours, 200 training images, 3 epochs"
+    assert set(by_protocol(find_runs(tmp_path)[0])) == {f"{data} (no wrong_labels)", f"{data} (wrong_labels=0.2)"}
 
 
 def test_a_copy_counts_once(tmp_path: Path) -> None:
