@@ -29,6 +29,7 @@ CONTRASTS = {
     "AEKT minus DKD": ("aekt", "dkd"),
     "AEKT minus weight 1": ("aekt", "one"),
     "layer minus none, DKD": ("dkd serial", "dkd"),
+    "layer minus none, AEKT": ("aekt serial", "aekt"),
     "AEKT minus DKD, both with layer": ("aekt serial", "dkd serial"),
     "AEKT with layer minus DKD": ("aekt serial", "dkd"),
 }
@@ -101,11 +102,11 @@ def draw(contrasts: Sequence[Contrast]) -> Figure:
     """Draw the differences with their 95 % intervals, one panel per score. Filled dots: significant."""
     beds = list(dict.fromkeys(contrast.bed for contrast in contrasts))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(COMPARED), figsize=(12, 4.6), sharey=True)
+        figure, panels = plt.subplots(1, len(COMPARED), figsize=(12, 6), sharey=True)
         for panel, score in zip(panels, COMPARED, strict=True):
             for contrast in (each for each in contrasts if each.score == score):
                 row, place = list(CONTRASTS).index(contrast.name), beds.index(contrast.bed)
-                _draw_interval(panel, contrast, row + 0.17 * (place - (len(beds) - 1) / 2), COLOURS[place + 1])
+                _draw_interval(panel, contrast, row + 0.15 * (place - (len(beds) - 1) / 2), COLOURS[place + 1])
             panel.axvline(0, color="grey", lw=0.8)
             panel.grid(axis="x", alpha=0.25)
             unit = "points" if SCORES[score].factor == 100 else "nats"
