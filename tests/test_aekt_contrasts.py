@@ -66,4 +66,4 @@ def test_the_figure_has_a_panel_for_each_score(contrasts: list[Contrast]) -> Non
     assert isinstance(figure, Figure)
     assert [panel.get_title(loc="left") for panel in figure.axes] == ["top-1", "NLL", "ECE", "agree"]
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert [line.get_markerfacecolor() != "white" for line in dots] == [True, True, False, False, False]
+    assert [line.get_markerfacecolor() != "white" for line in dots] == [True, True, False, True, False, False]
