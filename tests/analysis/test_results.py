@@ -54,8 +54,8 @@ def test_another_batch_size_makes_another_table_but_another_learning_rate_does_n
 def test_a_table_says_which_setting_it_lacks(tmp_path: Path) -> None:
     for data in ({}, {"wrong_labels": 0.2}):
         write_run(tmp_path, settings={"data": data, "schedule": {"epochs": 3}})
-    data = "colours, 200 training images, 3 epochs"
-    assert set(by_protocol(find_runs(tmp_path)[0])) == {f"{data} (no wrong_labels)", f"{data} (wrong_labels=0.2)"}
+    title = "colours, 200 training images, 3 epochs"
+    assert set(by_protocol(find_runs(tmp_path)[0])) == {f"{title} (no wrong_labels)", f"{title} (wrong_labels=0.2)"}
 
 
 def test_a_copy_counts_once(tmp_path: Path) -> None:
