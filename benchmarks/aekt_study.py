@@ -83,6 +83,7 @@ CONFIRMATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "cifar10",
         ("data=cifar100", "data.train_size=10000", "schedule.epochs=60", "model=slimnet600k_to_resnet8"),
     ),
+    "cifar10, 40 epochs": ("cifar10", ("data=cifar10", *CIFAR10_PAIR, "schedule.epochs=40")),
 }
 """By name of a confirmation: the bed whose frozen settings it takes, and its overrides."""
 CONFIRMATION_SEEDS = range(8)
