@@ -55,35 +55,21 @@ COMMON = (
     "gradients.every=50",
     "trainer.check_val_every_n_epoch=${schedule.epochs}",  # images are scored once, after the last epoch
 )
-CIFAR10_PAIR = ("network@model.teacher=resnet20_option_a", "network@model.student=resnet8")
+CIFAR10 = ("data=cifar10", "network@model.teacher=resnet20_option_a", "network@model.student=resnet8")
+CIFAR100 = ("data=cifar100", "model=slimnet600k_to_resnet8")
 BEDS: dict[str, tuple[str, ...]] = {
-    "cifar10": (
-        *("data=cifar10", "data.train_size=5000", "data.val_size=3000", "schedule.epochs=15", *CIFAR10_PAIR),
-        "winograd=true",
-    ),
+    "cifar10": (*CIFAR10, "data.train_size=5000", "data.val_size=3000", "schedule.epochs=15", "winograd=true"),
 }
 """The overrides of each bed of the search."""
 CONFIRMED_IN = "trainer.precision=bf16-mixed"
 """Confirmations are longer than the search, and bfloat16 halves their time on our machine."""
 CONFIRMATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cifar10": ("cifar10", ("data=cifar10", *CIFAR10_PAIR, "schedule.epochs=20")),
-    "cifar10, 20 % wrong labels": (
-        "cifar10",
-        ("data=cifar10", "data.wrong_labels=0.2", *CIFAR10_PAIR, "schedule.epochs=20"),
-    ),
-    "cifar100": (
-        "cifar10",
-        ("data=cifar100", "data.train_size=10000", "schedule.epochs=20", "model=slimnet600k_to_resnet8"),
-    ),
-    "cifar100, few images": (
-        "cifar10",
-        ("data=cifar100", "data.train_size=2500", "schedule.epochs=40", "model=slimnet600k_to_resnet8"),
-    ),
-    "cifar100, 60 epochs": (
-        "cifar10",
-        ("data=cifar100", "data.train_size=10000", "schedule.epochs=60", "model=slimnet600k_to_resnet8"),
-    ),
-    "cifar10, 40 epochs": ("cifar10", ("data=cifar10", *CIFAR10_PAIR, "schedule.epochs=40")),
+    "cifar10": ("cifar10", (*CIFAR10, "schedule.epochs=20")),
+    "cifar10, 20 % wrong labels": ("cifar10", (*CIFAR10, "data.wrong_labels=0.2", "schedule.epochs=20")),
+    "cifar100": ("cifar10", (*CIFAR100, "data.train_size=10000", "schedule.epochs=20")),
+    "cifar100, few images": ("cifar10", (*CIFAR100, "data.train_size=2500", "schedule.epochs=40")),
+    "cifar100, 60 epochs": ("cifar10", (*CIFAR100, "data.train_size=10000", "schedule.epochs=60")),
+    "cifar10, 40 epochs": ("cifar10", (*CIFAR10, "schedule.epochs=40")),
 }
 """By name of a confirmation: the bed whose frozen settings it takes, and its overrides."""
 CONFIRMATION_SEEDS = range(8)
