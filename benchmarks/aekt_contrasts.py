@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tabulate import tabulate
 
-from benchmarks.aekt_study import CONFIRMATIONS, CONFIRMED, STUDY, result_file
+from benchmarks.aekt_study import CONFIRMATION_SEEDS, CONFIRMATIONS, CONFIRMED, STUDY, result_file
 from src.analysis.figures import COLOURS, STYLE, save
 from src.analysis.report_tables import SCORES, by_seed
 from src.analysis.results import Finished
@@ -53,19 +53,16 @@ class Contrast(NamedTuple):
 
 
 def read_results(study: Path) -> dict[str, dict[str, list[Finished]]]:
-    """Read the result files of the study, by bed and setting. Beds without a result are left out."""
-    files = {
-        bed: {setting: sorted(study.glob(result_file(bed, setting, "*"))) for setting in CONFIRMED}
-        for bed in CONFIRMATIONS
-    }
-    return {
-        bed: {
-            setting: [Finished(file.parent, read_record(Result, file)) for file in found]
-            for setting, found in of_bed.items()
-        }
-        for bed, of_bed in files.items()
-        if any(of_bed.values())
-    }
+    """Read the result files of the study, by bed and setting. Beds without a finished setting are left out."""
+    results = {bed: {setting: _read_setting(study, bed, setting) for setting in CONFIRMED} for bed in CONFIRMATIONS}
+    return {bed: settings for bed, settings in results.items() if any(settings.values())}
+
+
+def _read_setting(study: Path, bed: str, setting: str) -> list[Finished]:
+    files = sorted(study.glob(result_file(bed, setting, "*")))
+    if len(files) < len(CONFIRMATION_SEEDS):
+        return []  # comparing before the last seed would let the results decide when to stop
+    return [Finished(file.parent, read_record(Result, file)) for file in files]
 
 
 def contrasts_of(results: Mapping[str, Mapping[str, Sequence[Finished]]]) -> list[Contrast]:

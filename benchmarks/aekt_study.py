@@ -63,15 +63,15 @@ BEDS: dict[str, tuple[str, ...]] = {
 """The overrides of each bed of the search."""
 CONFIRMED_IN = "trainer.precision=bf16-mixed"
 """Confirmations are longer than the search, and bfloat16 halves their time on our machine."""
-CONFIRMATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cifar10": ("cifar10", (*CIFAR10, "schedule.epochs=20")),
-    "cifar10, 20 % wrong labels": ("cifar10", (*CIFAR10, "data.wrong_labels=0.2", "schedule.epochs=20")),
-    "cifar100": ("cifar10", (*CIFAR100, "data.train_size=10000", "schedule.epochs=20")),
-    "cifar100, few images": ("cifar10", (*CIFAR100, "data.train_size=2500", "schedule.epochs=40")),
-    "cifar100, 60 epochs": ("cifar10", (*CIFAR100, "data.train_size=10000", "schedule.epochs=60")),
-    "cifar10, 40 epochs": ("cifar10", (*CIFAR10, "schedule.epochs=40")),
+CONFIRMATIONS: dict[str, tuple[str, ...]] = {
+    "cifar10": (*CIFAR10, "schedule.epochs=20"),
+    "cifar10, 20 % wrong labels": (*CIFAR10, "data.wrong_labels=0.2", "schedule.epochs=20"),
+    "cifar100": (*CIFAR100, "data.train_size=10000", "schedule.epochs=20"),
+    "cifar100, few images": (*CIFAR100, "data.train_size=2500", "schedule.epochs=40"),
+    "cifar100, 60 epochs": (*CIFAR100, "data.train_size=10000", "schedule.epochs=60"),
+    "cifar10, 40 epochs": (*CIFAR10, "schedule.epochs=40"),
 }
-"""By name of a confirmation: the bed whose frozen settings it takes, and its overrides."""
+"""The overrides of each bed of the confirmation. All have the settings that were frozen on the bed `cifar10`."""
 CONFIRMATION_SEEDS = range(8)
 COMBINED = "aekt serial"
 """A setting that is not searched: the loss of `aekt` with the layer of `dkd serial`."""
@@ -270,15 +270,14 @@ def combine(options: argparse.Namespace) -> None:
 
 def confirm(options: argparse.Namespace) -> None:
     """Train frozen settings with all seeds, and copy the result files. Runs with a copy are not trained again."""
-    bed, overrides = CONFIRMATIONS[options.bed]
-    frozen = json.loads(FROZEN_FILE.read_text())[bed]
+    frozen = json.loads(FROZEN_FILE.read_text())["cifar10"]
     jobs = [(seed, setting) for seed in CONFIRMATION_SEEDS for setting in options.settings]
     for number, (seed, setting) in enumerate(jobs):
         file = STUDY / result_file(options.bed, setting, seed)
         if file.exists():
             continue
         print(f"{number + 1} of {len(jobs)}: {setting}, seed {seed}", flush=True)
-        result = run(options, CONFIRMED_IN, *overrides, *frozen[setting], f"seed={seed}")
+        result = run(options, CONFIRMED_IN, *CONFIRMATIONS[options.bed], *frozen[setting], f"seed={seed}")
         if result:
             file.parent.mkdir(parents=True, exist_ok=True)
             without_folder(result).write(file)
@@ -306,14 +305,20 @@ def main() -> None:
     """Read the command line."""
     set_up_process()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["search", "choose", "combine", "confirm"])
-    parser.add_argument("--bed", choices=[*BEDS, *CONFIRMATIONS], required=True)
-    parser.add_argument("--rung", type=int, choices=SEEDS, default=1)
-    parser.add_argument("--settings", nargs="+", choices=CONFIRMED, default=CONFIRMED, help="those to confirm")
-    parser.add_argument("--teacher", help="the teacher's checkpoint")
-    parser.add_argument("--runs", help="the folder of run folders")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for action in (search, choose, combine, confirm):
+        command = commands.add_parser(action.__name__, help=action.__doc__, description=action.__doc__)
+        command.set_defaults(action=action)
+        command.add_argument("--bed", choices=CONFIRMATIONS if action is confirm else BEDS, required=True)
+        if action is search:
+            command.add_argument("--rung", type=int, choices=SEEDS, default=1)
+        if action is confirm:
+            command.add_argument("--settings", nargs="+", choices=CONFIRMED, default=CONFIRMED)
+        if action is not choose:
+            command.add_argument("--teacher", required=True, help="the teacher's checkpoint")
+            command.add_argument("--runs", required=True, help="the folder of run folders")
     options = parser.parse_args()
-    {"search": search, "choose": choose, "combine": combine, "confirm": confirm}[options.action](options)
+    options.action(options)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 from scipy.stats import false_discovery_control
 
 from benchmarks.aekt_contrasts import COMPARED, CONTRASTS, Contrast, contrasts_of, draw, markdown_table, read_results
-from benchmarks.aekt_study import CONFIRMED, result_file
+from benchmarks.aekt_study import CONFIRMATION_SEEDS, CONFIRMED, result_file
 from tests.helpers.run_folders import make_result
 
 BED = "cifar100, few images"
-SEEDS = range(4)
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def contrasts(tmp_path: Path) -> list[Contrast]:
     """Results in which `aekt` is 2 points ahead of `dkd`, give or take 0.1, and all other settings differ by chance."""
     noise = np.random.default_rng(0)
     for setting in CONFIRMED:
-        for seed in SEEDS:
+        for seed in CONFIRMATION_SEEDS:
             accuracy = 0.5 + seed / 100 + noise.normal(scale=0.001) + (0.02 if setting == "aekt" else 0)
             file = tmp_path / result_file(BED, setting, seed)
             file.parent.mkdir(parents=True)
@@ -36,10 +35,23 @@ def test_settings_are_compared_by_seed(contrasts: list[Contrast]) -> None:
     assert {each.bed for each in contrasts} == {BED}
     assert len(contrasts) == len(CONTRASTS) * len(COMPARED)
     ahead = accuracy_of(contrasts, "AEKT minus DKD")
-    assert ahead.found.seeds == tuple(SEEDS)
+    assert ahead.found.seeds == tuple(CONFIRMATION_SEEDS)
     assert ahead.found.difference == pytest.approx(2, abs=0.2)
     assert ahead.significant
     assert not accuracy_of(contrasts, "layer minus none, DKD").significant
+
+
+def test_a_setting_that_lacks_a_seed_is_left_out(tmp_path: Path) -> None:
+    for setting, seeds in {"dkd": CONFIRMATION_SEEDS, "aekt": CONFIRMATION_SEEDS[:-1]}.items():
+        for seed in seeds:
+            file = tmp_path / result_file(BED, setting, seed)
+            file.parent.mkdir(parents=True)
+            make_result(seed=seed).write(file)
+    results = read_results(tmp_path)
+    assert list(results) == [BED]
+    assert {setting for setting, found in results[BED].items() if found} == {"dkd"}
+    (tmp_path / result_file(BED, "dkd", 0)).unlink()
+    assert not read_results(tmp_path)
 
 
 def test_all_differences_are_corrected_together(contrasts: list[Contrast]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_trials_compose(setting: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIRMATIONS)
 def test_confirmations_compose_and_score_once(name: str) -> None:
-    cfg = configure(*COMMON, CONFIRMED_IN, *CONFIRMATIONS[name][1], *aekt_study.overrides_of("aekt", 0))
+    cfg = configure(*COMMON, CONFIRMED_IN, *CONFIRMATIONS[name], *aekt_study.overrides_of("aekt", 0))
     validate(cfg)
     assert cfg.trainer.check_val_every_n_epoch == cfg.schedule.epochs
     assert cfg.data.val_size == 0
@@ -151,3 +152,20 @@ def test_a_confirmation_with_a_result_file_is_not_trained_again(study: Path, mon
             argparse.Namespace(bed="cifar10", settings=("vanilla", "kd"), teacher="teacher.pth", runs=str(study))
         )
     assert trained == [("kd", 0)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "--bed", "cifar100", "--teacher", "teacher.pth", "--runs", "runs"], "invalid choice: 'cifar100'"),
+        (["confirm", "--bed", "cifar100", "--runs", "runs"], "the following arguments are required: --teacher"),
+    ],
+)
+def test_a_command_that_lacks_a_bed_or_a_teacher_is_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["aekt_study", *arguments])
+    monkeypatch.setattr(aekt_study, "set_up_process", lambda: None)
+    with pytest.raises(SystemExit):
+        aekt_study.main()
+    assert message in capsys.readouterr().err
