@@ -28,6 +28,7 @@ from src.models.checkpoints import save_weights
 from src.models.network import Network
 from src.models.winograd import check_winograd
 from src.runs.best_student import FILE, BestStudent
+from src.runs.checkpointing import read_checkpoint
 from src.runs.fingerprints import fingerprints, versions
 from src.runs.folder import RunFolder
 from src.runs.history import read_history
@@ -86,7 +87,7 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
 
     record = make_record(cfg, data, teacher, facts)
     with folder.locked(wait):
-        finished = folder.begin(record)
+        finished = folder.begin(record, wait)
         if finished is not None:
             accuracy = 100 * finished.test.accuracy
             log.info("%s is finished already: test accuracy %.2f %% after %s.", folder.path, accuracy, finished.end)
@@ -250,7 +251,9 @@ def save(
 def save_best(student: Network, folder: RunFolder, trainer: Trainer, facts: Mapping[str, Any]) -> None:
     """Write the student of the best epoch, if the run has kept it."""
     for best in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(best, BestStudent) and best.weights:
+        if isinstance(best, BestStudent):
+            if not best.weights and (checkpoint := read_checkpoint(folder.path)):  # forked processes have trained
+                best.load_state_dict(checkpoint["callbacks"][best.state_key])
             network = copy.deepcopy(student)
             network.load_state_dict(best.weights)
             save_weights(network, folder.path / FILE, **facts, epoch=best.epoch, val_accuracy=best.accuracy)

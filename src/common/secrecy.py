@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 SECRET = re.compile(r"(?i)key$|token|secret|password|credential")
 """Names of environment variables whose values are secret."""
+PLACES = frozenset({"AEKT_DATA", "AEKT_CACHE"})
+"""Environment variables that name folders. Their values are stored, so that a run can be opened without them."""
 SHORTEST_SECRET = 8
 """Characters. Shorter values are not replaced, because they would be found in unrelated text."""
 
@@ -56,9 +58,9 @@ def without_secrets(text: str, variables: Iterable[str] = ()) -> str:
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
     """Resolve a configuration to plain types without secrets, so that it can be stored and shown.
 
-    The value of every environment variable that the configuration reads counts as secret, except AEKT_DATA.
+    The value of every environment variable that the configuration reads counts as secret, except those of `PLACES`.
     """
-    named = set(re.findall(r"oc\.env:\s*(\w+)", OmegaConf.to_yaml(cfg))) - {"AEKT_DATA"}
+    named = set(re.findall(r"oc\.env:\s*(\w+)", OmegaConf.to_yaml(cfg))) - PLACES
 
     def redact(node: Any) -> Any:
         if isinstance(node, dict):

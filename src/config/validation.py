@@ -41,7 +41,7 @@ def validate(cfg: DictConfig) -> None:
 
 
 def check_training(cfg: DictConfig) -> None:
-    """Raise `UserError` if two options state the length of a training differently, or if one breaks every run.
+    """Raise `UserError` if options contradict each other, or if one breaks every run.
 
     Runs that were trained with such options can still be opened. A trial of one epoch that is cut short, such as that
     of trainer=debug, may have fewer epochs than its schedule.
@@ -56,6 +56,11 @@ def check_training(cfg: DictConfig) -> None:
     for (option, value), consequence in BROKEN_TRAINERS.items():
         if cfg.trainer.get(option) is value:
             raise UserError(f"trainer.{option}={str(value).lower()} {consequence}: leave it out.")
+    if cfg.teacher.view_store and cfg.data.get("fixed_views") and cfg.augmentation.policy_from_view:
+        raise UserError(
+            f"teacher.view_store=true has one answer for each fixed view, but augmentation={cfg.augmentation.name} "
+            "makes two versions of it, with and without the policy: leave data.fixed_views or teacher.view_store out."
+        )
 
 
 def _check_required_keys(cfg: DictConfig, option: str, schema: Any, folder: str) -> None:

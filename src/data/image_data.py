@@ -165,7 +165,8 @@ class ImageData(L.LightningDataModule):
         """The part of `views_name` that stands for the augmentation. Empty for crops and flips only."""
         if self.augmentation.mixing is None:
             return self.augmentation.key
-        partners = hashlib.sha256(self.trained_index.numpy().tobytes()).hexdigest()[:8]
+        pools = [self.train_index, self.unlabelled_index, *([] if self.blocks is None else [self.blocks])]
+        partners = hashlib.sha256(b"|".join(pool.numpy().tobytes() for pool in pools)).hexdigest()[:8]
         return f"{self.augmentation.key}-{partners}"
 
     def load(self) -> None:

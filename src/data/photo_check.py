@@ -52,13 +52,15 @@ class Inspected(NamedTuple):
     is_adjusted: bool = False
     checksum: int | None = None
     """Only of an uncompressed photo."""
+    may_pass: bool = False
+    """Whether the reason is not in the file's content, but for example in a permission or a network disk."""
 
 
 def check_photos(root: Path, listings: Mapping[str, Listing], workers: int, cache: Path) -> Checked:
     """Decode all photos with `workers` threads.
 
     The result is kept in the folder `cache`. It holds for files of the same names, sizes and times of modification, and
-    for uncompressed photos in the same folder only.
+    for uncompressed photos in the same folder only. It is not kept if a reason may pass without a change of the files.
     """
     kept = cache / "checked" / f"{_key(listings)[:32]}.json"
     if found := _load(kept):
@@ -74,9 +76,10 @@ def check_photos(root: Path, listings: Mapping[str, Listing], workers: int, cach
             for file in listing.files
         }
         log.info("Checking once whether all %s photos in %s can be read.", f"{len(files):,}", root)
-        found = _check(files, workers)
-        with suppress(OSError):
-            write_text(kept, json.dumps(found._asdict()))
+        found, holds = _check(files, workers)
+        if holds:
+            with suppress(OSError):
+                write_text(kept, json.dumps(found._asdict()))
         return found
 
 
@@ -103,9 +106,9 @@ def _load(file: Path) -> Checked | None:
         return None
 
 
-def _check(files: Mapping[str, str], workers: int) -> Checked:
-    """Decode the files, which are given by photo."""
-    found, paths = Checked({}, [], {}), list(files.values())
+def _check(files: Mapping[str, str], workers: int) -> tuple[Checked, bool]:
+    """Decode the files, which are given by photo. The second value is whether the result holds for these files."""
+    found, holds, paths = Checked({}, [], {}), True, list(files.values())
     blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
     with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
         warnings.simplefilter("ignore")  # about the metadata of photos
@@ -116,6 +119,7 @@ def _check(files: Mapping[str, str], workers: int) -> Checked:
             for photo, inspected in zip(files, itertools.chain.from_iterable(shown), strict=True):
                 if inspected.reason is not None:
                     found.unreadable[photo] = inspected.reason
+                    holds = holds and not inspected.may_pass
                 if inspected.is_adjusted:
                     found.adjusted.append(photo)
                 if inspected.checksum is not None:
@@ -123,7 +127,7 @@ def _check(files: Mapping[str, str], workers: int) -> Checked:
         except BaseException:  # of a signal: the pool would decode all other photos before the command ends
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return found
+    return found, holds
 
 
 def _inspect(file: str) -> Inspected:
@@ -131,9 +135,10 @@ def _inspect(file: str) -> Inspected:
         photo = Photo(Path(file).read_bytes(), file)
         photo.decode(REDUCTION)
     except OSError as error:
-        return Inspected(error.strerror or type(error).__name__)
+        return Inspected(error.strerror or type(error).__name__, may_pass=True)
     except UserError as error:
-        return Inspected(damage(error.__context__ or error))
+        cause = error.__context__ or error
+        return Inspected(damage(cause), may_pass=isinstance(cause, MemoryError))
     return Inspected(None, photo.is_adjusted, None if photo.is_compressed else zlib.crc32(photo.encoded))
 
 

@@ -142,7 +142,8 @@ class Photo:
         """
         image, self.opened = self.opened or self._open(), None
         with _report_damage(self.name):
-            if reduced > 1 and image.draft("", (image.width // reduced, image.height // reduced)) is None:
+            size = max(1, image.width // reduced), max(1, image.height // reduced)
+            if reduced > 1 and image.draft("", size) is None:
                 reduced = 1
             image.load()
             rgb = to_rgb(image)

@@ -30,6 +30,8 @@ from src.data.source import Source, Split
 INDEX = "index.npz"
 DECODING = 2
 """How photos are decoded: 2 turns them by their EXIF orientation and scales more than 8 bits. Part of the index."""
+CACHED = f"{'[0-9a-f]' * 16}/*-{'[0-9]' * 5}.tar"
+"""The shards in the cache of all data. Other archives beside them are the user's own."""
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -123,7 +125,7 @@ class ShardPhotos:
         """Delete the least recently used shards of the cache until it fits, but not `fetched`."""
         assert self.cache is not None
         kept = []
-        for file in self.cache.parent.glob("*/*.tar"):
+        for file in self.cache.parent.glob(CACHED):
             with suppress(FileNotFoundError):  # another process may delete it meanwhile
                 kept.append((file.stat().st_mtime, file.stat().st_size, file))
         excess = sum(size for _, size, _ in kept) - self.cache_bytes

@@ -72,6 +72,12 @@ def _ends_epoch(trainer: Trainer) -> bool:
     return bool(loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early))
 
 
+def _accumulates(trainer: Trainer) -> bool:
+    """Return whether gradients wait for those of the next batch. A checkpoint does not contain them."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return bool(loop._should_accumulate())
+
+
 def _read(file: Path) -> dict[str, Any]:
     content = read_file(file, START_OVER)
     state = content.get("state_dict") if isinstance(content, dict) else None
@@ -98,10 +104,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Save after every epoch, within an epoch after every `minutes`, and when a signal asks the run to end.
 
-    A signal takes effect at the end of its batch. The run is saved, and then the earlier signal handler is called: the
-    handler of `stop_on_signal` or of a cluster launcher. The end of the time budget takes effect in the same way: the
-    run is saved, and `OutOfTime` is raised. No checkpoint is saved after the last batch of an epoch, or of the run,
-    because the evaluation and the epoch's own checkpoint follow.
+    A signal takes effect at the end of its batch, or of the batches whose gradients are accumulated. The run is saved,
+    and then the earlier signal handler is called: the handler of `stop_on_signal` or of a cluster launcher. The end of
+    the time budget takes effect in the same way: the run is saved, and `OutOfTime` is raised. No checkpoint is saved
+    after the last batch of an epoch, or of the run, because the evaluation and the epoch's own checkpoint follow.
 
     Several devices decide together. For this they wait for each other, every `check_every` steps (see
     `steps_between_waits`).
@@ -130,6 +136,14 @@ class Checkpoints(Checkpoint):
         epoch_loop: Any = trainer.fit_loop.epoch_loop
         epoch_loop._broadcast_sigterm_tensor = _do_nothing
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add whether a callback such as `EarlyStopping` has ended the training."""
+        checkpoint["should_stop"] = trainer.should_stop
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Train no further if a callback had ended the training."""
+        trainer.should_stop = checkpoint.get("should_stop", False)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # A second signal does not wait for the end of the batch. But one request can be two signals: if a terminal
         # closes, shell and system send one each, and `stop_on_signal` passes on what a cluster sends to all processes.
@@ -153,7 +167,7 @@ class Checkpoints(Checkpoint):
             return
         due = self.received is not None or self.budget.is_over or time.monotonic() - self.saved >= self.interval
         due = trainer.strategy.reduce_boolean_decision(due, all=False)
-        if due and not _ends_epoch(trainer):
+        if due and not _ends_epoch(trainer) and not _accumulates(trainer):
             self._save(trainer)
             self._end_together(trainer)
 

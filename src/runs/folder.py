@@ -54,13 +54,17 @@ class RunFolder:
         with locked(self.path, wait):
             yield
 
-    def begin(self, record: RunRecord) -> Result | None:
+    def begin(self, record: RunRecord, wait: bool = False) -> Result | None:
         """Prepare the folder for a run, or return the result if the run is finished.
+
+        With `start_over`, a finished run is deleted. With `wait` too, a result for the same data is still returned: the
+        command that this one has waited for may have trained it just now, for both.
 
         Raises `UserError` if the folder was made with other code, another teacher or other data, or if it cannot be
         written.
         """
-        if self.cfg.start_over:
+        is_shared = wait and self.result_file.is_file() and self.data_digest() == record.fingerprints.data
+        if self.cfg.start_over and not is_shared:
             if self.is_rank_zero:
                 with _report_unwritable(self.path):
                     self._clear()

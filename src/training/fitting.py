@@ -44,8 +44,8 @@ NO_DEVICE = re.compile(r"not available|none are available|[Nn]o supported|only h
 def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     """Make Lightning's Trainer as configured.
 
-    Raises `UserError` if its options do not fit, if the machine lacks the device, or if the batch size is not divisible
-    by the number of devices.
+    Raises `UserError` if its options do not fit, if the machine lacks the device, if the batch size is not divisible by
+    the number of devices, or if these cannot synchronise batch norm.
     """
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     # Under deterministic=true, torch fills all memory before it is used. Nothing here reads memory before writing it.
@@ -67,6 +67,8 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
             f"schedule.batch_size={cfg.schedule.batch_size} is the global batch size, which is not divisible by "
             f"{trainer.world_size} devices: choose a multiple of {trainer.world_size}."
         )
+    if trainer.world_size > 1 and cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
+        raise UserError("Batch norm cannot be synchronised on CPUs: use trainer=ddp_cpu.")
     return trainer
 
 

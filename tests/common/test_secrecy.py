@@ -77,12 +77,14 @@ def test_a_configuration_without_secrets_is_only_resolved() -> None:
 def test_secrets_are_removed_at_any_depth_of_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNSUSPICIOUS", "a-value-of-mine")
     monkeypatch.setenv("AEKT_DATA", "/data/of/mine")
+    monkeypatch.setenv("AEKT_CACHE", "/cache/of/mine")
     cfg = OmegaConf.create(
         {
             "number": 3,
             "nothing": None,
             "list": [f"x {TOKEN}", {"root": "https://me:pass@host/${oc.env:UNSUSPICIOUS}?sig=1"}],
             "data": "${oc.env:AEKT_DATA}/cifar",
+            "cache": "${oc.env:AEKT_CACHE,none}",
         }
     )
     assert plain_config(cfg) == {
@@ -90,4 +92,5 @@ def test_secrets_are_removed_at_any_depth_of_a_configuration(monkeypatch: pytest
         "nothing": None,
         "list": ["x ${oc.env:MY_TOKEN}", {"root": "https://host/${oc.env:UNSUSPICIOUS}"}],
         "data": "/data/of/mine/cifar",
+        "cache": "/cache/of/mine",
     }

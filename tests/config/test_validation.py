@@ -268,3 +268,11 @@ def test_a_value_that_is_not_a_number_is_refused(option: str) -> None:
     given = "data.std=[0.2,nan,0.2]" if option == "data.std[1]" else f"{option}=nan"
     with pytest.raises(UserError, match=rf"^{re.escape(option)}=nan is not a number: give one\.$"):
         validate(configure("method=dkd", given))
+
+
+def test_fixed_views_of_two_kinds_have_no_view_store() -> None:
+    both = ("method=kd", "model=resnet20_to_resnet8", "data.fixed_views=4", "teacher.view_store=true")
+    check_training(configure(*both))
+    check_training(configure(*both[:-1], "augmentation=weak_and_strong"))
+    with pytest.raises(UserError, match=r"but augmentation=weak_and_strong makes two versions of it, with and without"):
+        check_training(configure(*both, "augmentation=weak_and_strong"))

@@ -249,3 +249,28 @@ def test_photos_that_are_checked_already_are_not_listed_again(
     monkeypatch.setattr(photo_check, "_check", None)
     monkeypatch.setattr(photo_check, "one_process_at_a_time", None)
     load(folder, cache=tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()], ids=["disk", "memory"])
+def test_a_reason_that_may_pass_is_not_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patched:
+        if isinstance(error, OSError):
+            patched.setattr(Path, "read_bytes", fail)
+        else:
+            patched.setattr("src.data.photos.to_rgb", fail)
+        with pytest.raises(UserError, match=r"57 of 57 photos cannot be read: .*(Input/output error|MemoryError)"):
+            load(own, cache=tmp_path / "cache")
+    assert len(load(own, cache=tmp_path / "cache").source.train_labels) == 42
+
+
+def test_a_narrow_jpeg_is_not_damaged(folder: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    (own / "train/ant/a.jpg").write_bytes(encoded(picture(0, 40, 5), "JPEG"))
+    assert len(load(own, cache=tmp_path / "cache").source.train_labels) == 42

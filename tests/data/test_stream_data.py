@@ -16,6 +16,8 @@ from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
 
 from src.common.errors import UserError
+from src.data.augmentation import Augmentation
+from src.data.mixing import CutMix
 from src.data.stream_data import INDEX, StreamData
 from tests.helpers.batches import (
     as_rank,
@@ -130,6 +132,23 @@ def test_the_cache_stays_within_its_limit(
     assert_same_images(images_by_index(seen), images_by_index(batches(load(folder).train_dataloader())))
     assert len(remote.whole) > len(list(tmp_path.glob("cache/*/*.tar")))
     assert set(remote.whole.values()) == {1}, "a shard was deleted that was needed again soon"
+
+
+def test_the_cache_deletes_no_other_archives(remote: Remote, tmp_path: Path) -> None:
+    own = [tmp_path / "cache" / name for name in ("imagenet/ILSVRC2012_img_train.tar", "shards/train-00000.tar")]
+    for file in own:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(100_000))
+    batches(stream(remote.url, cache=str(tmp_path / "cache"), cache_gigabytes=1e-5).train_dataloader())
+    assert all(file.is_file() for file in own)
+    assert len(list(tmp_path.glob("cache/*/*.tar"))) == len(own) + 1, "the cache itself has room for no other shard"
+
+
+def test_a_view_store_of_mixed_photos_is_not_that_of_the_folder(folder: Path, shards: Path) -> None:
+    """The photos that one is mixed with come from its shard, and from the whole folder."""
+    plain, mixed = {}, {"augmentation": Augmentation(mixing=CutMix(alpha=1.0))}
+    assert stream(shards, **plain).views_name == load(folder, **plain).views_name
+    assert stream(shards, **mixed).views_name != load(folder, **mixed).views_name
 
 
 def test_workers_share_the_cache(remote: Remote, folder: Path, tmp_path: Path) -> None:

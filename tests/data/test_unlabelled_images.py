@@ -70,6 +70,18 @@ def test_the_rest_of_the_training_images_lose_their_labels(make_data: Make) -> N
     assert torch.equal(without.val_index, data.val_index)
 
 
+def test_a_view_store_of_mixed_images_is_not_that_of_other_labels(make_data: Make, tmp_path: Path) -> None:
+    """An image is mixed with others of its kind. Here the trained images are the same, with and without labels."""
+    names = []
+    for options in ({}, {"train_size": 0, "unlabelled": "rest"}):
+        data = make_data(augmentation=Augmentation(mixing=CutMix(alpha=1.0)), **options)
+        save_arrays(tmp_path / "small.npz", **arrays(), unlabelled_images=arrays(train=9)["train_images"])
+        data.load()
+        assert data.trained_index.tolist() == list(range(69))
+        names.append(data.views_name)
+    assert len(set(names)) == 2
+
+
 def test_an_array_file_brings_images_without_labels(make_data: Make, tmp_path: Path) -> None:
     extra = arrays(train=9)["train_images"][::-1].copy()
     plain = loaded(make_data(val_size=12))

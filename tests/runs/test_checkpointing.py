@@ -22,7 +22,7 @@ from src.runs.checkpointing import (
 )
 from src.runs.history import History
 from src.training.term_log import TermLog
-from tests.helpers.tiny import tiny_data, tiny_distiller, tiny_trainer
+from tests.helpers.tiny import same, tiny_data, tiny_distiller, tiny_trainer, weights
 
 
 def save(folder: Path, step: int) -> None:
@@ -127,6 +127,26 @@ class Stop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step == self.step
+
+
+def test_no_checkpoint_is_saved_while_gradients_accumulate(tmp_path: Path) -> None:
+    data, saves = tiny_data(tmp_path), Saves()
+    callbacks = [Checkpoints(tmp_path, 0), saves]
+    trainer = tiny_trainer(1, enable_checkpointing=True, callbacks=callbacks, accumulate_grad_batches=4)
+    trainer.fit(tiny_distiller(data, Vanilla()), datamodule=data)
+    assert saves.steps == [1, 2], "after four of six batches, and after the epoch"
+
+
+def test_a_run_that_a_callback_has_ended_trains_no_further_when_it_resumes(tmp_path: Path) -> None:
+    data, distiller = tiny_data(tmp_path), tiny_distiller(tiny_data(tmp_path), Vanilla())
+    callbacks = [Stop(8), Checkpoints(tmp_path, 1000)]
+    trainer = tiny_trainer(3, enable_checkpointing=True, callbacks=callbacks)
+    trainer.fit(distiller, datamodule=data)
+    before = weights(distiller)
+    resumed = tiny_trainer(3, enable_checkpointing=True, callbacks=[Checkpoints(tmp_path, 1000)])
+    resumed.fit(distiller, datamodule=data, ckpt_path=checkpoint_file(tmp_path), weights_only=True)
+    assert resumed.global_step == trainer.global_step == 8
+    assert same(weights(distiller), before)
 
 
 @pytest.mark.parametrize("how", ["max_steps", "callback"])

@@ -119,6 +119,15 @@ def test_starting_over_deletes_a_run_whatever_it_was_made_with(cfg: DictConfig, 
     assert read_record(RunRecord, folder.record_file) == record
 
 
+def test_starting_over_after_waiting_keeps_what_the_other_command_has_trained(
+    cfg: DictConfig, folder: RunFolder
+) -> None:
+    folder.finish(make_result())
+    assert start_over(cfg).begin(RECORD, wait=True) == make_result()
+    assert start_over(cfg).begin(other(data="new"), wait=True) is None, "of other data"
+    assert not folder.result_file.exists()
+
+
 @pytest.mark.parametrize("deletions", range(6))
 def test_an_interrupted_clean_up_is_never_mistaken_for_a_finished_run(
     cfg: DictConfig, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, deletions: int

@@ -112,6 +112,14 @@ def test_a_time_budget_ends_all_processes_after_the_same_step(tmp_path: Path, so
     assert not list(tmp_path.rglob("failure.txt"))
 
 
+def test_forked_processes_keep_the_best_student(tmp_path: Path, sources: tuple[str, ...]) -> None:
+    options = ("trainer=ddp_cpu", "logger=none", "method=vanilla", "data.val_size=12", "keep_best=true")
+    ran = python(tmp_path / "best", "src.train", *SMALL, *sources, *options, "schedule.epochs=2")
+    assert ran.returncode == 0, ran.stderr
+    assert "student_best.pth: the student after epoch" in ran.stdout
+    assert len(list(tmp_path.rglob("student_best.pth"))) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
 def test_a_sweep_by_the_launcher_of_a_cluster(tmp_path: Path, sources: tuple[str, ...], launcher: str) -> None:

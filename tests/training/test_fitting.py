@@ -330,11 +330,18 @@ def test_training_goes_on_without_a_logger_that_fails(
 def test_the_global_batch_must_divide_by_the_devices(batch_size: int, devices: int, fits: bool) -> None:
     strategy = "ddp_fork" if devices > 1 else "auto"
     cfg = config(schedule__batch_size=batch_size, trainer__devices=devices, trainer__strategy=strategy)
+    cfg.trainer.sync_batchnorm = False
     if fits:
         assert make_trainer(cfg, logger=False, enable_checkpointing=False).world_size == devices
     else:
         with pytest.raises(UserError, match=r"schedule\.batch_size=9 .* 2 devices: choose a multiple of 2\."):
             make_trainer(cfg, logger=False, enable_checkpointing=False)
+
+
+def test_batch_norm_cannot_be_synchronised_on_cpus() -> None:
+    cfg = configure("method=vanilla", "trainer=cpu", "trainer.devices=2")
+    with pytest.raises(UserError, match=r"Batch norm cannot be synchronised on CPUs: use trainer=ddp_cpu\."):
+        make_trainer(cfg, logger=False, enable_checkpointing=False)
 
 
 def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
