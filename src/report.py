@@ -13,7 +13,7 @@ from rich.text import Text
 
 from src.analysis.answered import answer
 from src.analysis.document import Section, Table, html, latex, markdown
-from src.analysis.report_pictures import draw
+from src.analysis.report_pictures import check_classes, draw
 from src.analysis.report_tables import (
     NOTE,
     SCORES,
@@ -75,6 +75,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(
             f"There is no finished run below {cfg.runs}: train one with python -m src.train runs={cfg.runs}."
         )
+    check_classes(runs, cfg.relations.classes or ())
     out.mkdir(parents=True, exist_ok=True)
     sections = [
         make_section(title, together, cfg, f"{number}-" if number > 1 else "")

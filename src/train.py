@@ -48,7 +48,7 @@ from src.setup.dry_run import dry_run
 from src.setup.teacher import MeasuredTeacher, find_teacher, measure_teacher, teacher_places
 from src.teachers.teacher import Teacher
 from src.training.distiller import Distiller
-from src.training.fitting import fit, make_trainer
+from src.training.fitting import check_batch_norm, fit, make_trainer
 from src.training.summary import summarise
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     parts = make_parts(cfg, data, method, for_training=True)
     # Reports a missing device early. It also measures the teacher, and knows whether this process is rank zero.
     probe = make_trainer(cfg, logger=False, enable_checkpointing=False)
+    check_batch_norm(cfg, parts.student.network, probe.world_size)
     if cfg.winograd or (needs_teacher(cfg) and cfg.teacher.winograd):
         check_winograd(probe.strategy.root_device)
     report_data(data, probe)
@@ -236,6 +237,8 @@ def save(
             "std": list(distiller.settings.std),
             "data": data.source.digest,
         }
+        if distiller.method.predictor(distiller.student) is not distiller.student:
+            facts["classifies"] = False
         save_weights(distiller.student, folder.student_file, **facts)
         save_best(distiller.student, folder, trainer, facts)
         folder.finish(result)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, open_dict
 
-from benchmarks import gpu, methods, speed
+from benchmarks import gpu, methods, paired, speed
 from benchmarks.customary import masked_dkd
 from benchmarks.gpu_bench import Bench, Failure, Finding, Sizes
 from benchmarks.images import write_images
@@ -25,6 +25,7 @@ from benchmarks.timing import Row, measure_in_turn
 from benchmarks.trial import compose_training
 from src.data.array_file import load_arrays, save_arrays
 from src.methods.dkd import DKD
+from tests.helpers.run_folders import make_result
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,3 +234,14 @@ def test_ways_to_quantise_are_compared(finished_run: Path, array_file: Path, tmp
     assert [row["form"] for row in rows] == ["float32", *onnx_int8.WAYS] * 2
     assert float(rows[0]["same top-1 %"]) == 100
     assert all(float(row["kB"]) < float(rows[0]["kB"]) for row in rows[1:8])
+
+
+def test_two_settings_are_compared_by_seed(tmp_path: Path) -> None:
+    for name, accuracies in {"kd": (0.5, 0.6, 0.7), "vanilla": (0.4, 0.51, 0.59)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            make_result(seed=seed, accuracy=accuracy).write(tmp_path / f"{name}-seed{seed}.json")
+    found = paired.compare(tmp_path, "kd", "vanilla")
+    assert found.seeds == (0, 1, 2)
+    assert found.difference == pytest.approx(10)
+    with pytest.raises(SystemExit, match=r"kd and aekt have no seed in common"):
+        paired.compare(tmp_path, "kd", "aekt")

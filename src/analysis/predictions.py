@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.data.image_data import ImageData
@@ -62,10 +63,16 @@ def predict(distiller: Distiller, data: ImageData, likeliest: int = 3, batches: 
 def count_macs(predictor: Callable[[Tensor], Tensor], image: Tensor) -> int:
     """Count the multiply-accumulates of a network for one image [1, 3, H, W].
 
-    torch's counter counts two operations for each multiply-accumulate.
+    torch's counter counts two operations for each multiply-accumulate. It does not know the fused operators of
+    attention on a CPU, so attention is computed by single operators here.
     """
-    with FlopCounterMode(display=False) as counter:
-        predictor(image)
+    is_fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            predictor(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fused)
     return int(counter.get_total_flops()) // 2
 
 

@@ -109,7 +109,7 @@ def _relation_figures(
         return
     name, run, weight = found
     names, superclasses = english_names(run.result.class_names), run.result.superclasses
-    chosen = class_numbers(names, classes) if classes else None
+    chosen = class_numbers(names, classes or ()) or None
     names = distinct_names(names)
     matrices = class_matrices(weight, answered.get(name))
     caption = f"Relations learned by {name}, seed {run.result.seed}, beside the confusion matrices."
@@ -119,17 +119,20 @@ def _relation_figures(
     yield Drawn("strongest_relations", strongest_relations(weight, names, superclasses, chosen), caption, wide=True)
 
 
+def check_classes(runs: Sequence[Finished], chosen: Sequence[str]) -> None:
+    """Raise `UserError` if no run has a class of a chosen name."""
+    known = list(dict.fromkeys(name for run in runs for name in english_names(run.result.class_names)))
+    unknown = next((name for name in chosen if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"relations.classes: there is no class {unknown}. Choose from {', '.join(known[:8])} ...")
+
+
 def class_numbers(names: Sequence[str], chosen: Sequence[str]) -> list[int]:
-    """Find the numbers of classes by name. A name of several classes chooses all of them.
+    """Find the numbers of classes by name. A name of several classes chooses all of them, and an unknown one none.
 
-    Raises `UserError` if a name is unknown.
-
-    >>> class_numbers(["crane", "dog", "crane"], ["dog", "crane"])
+    >>> class_numbers(["crane", "dog", "crane"], ["dog", "crane", "apple"])
     [1, 0, 2]
     """
-    unknown = [name for name in chosen if name not in names]
-    if unknown:
-        raise UserError(f"relations.classes: there is no class {unknown[0]}. Choose from {', '.join(names[:8])} ...")
     return [number for chosen_name in chosen for number, name in enumerate(names) if name == chosen_name]
 
 

@@ -1,6 +1,7 @@
 """The tables of a report."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -97,16 +98,19 @@ def _best(runs: Sequence[Finished]) -> str:
 def pair_tables(groups: Groups) -> list[Table]:
     """Make tables of methods by pairs: accuracy after the last epoch, of the best epoch, and as published.
 
-    Returns an empty list for a single pair.
+    A pair with several settings of a method has a row for each. Returns an empty list for a single pair.
     """
     taught = list(dict.fromkeys(runs[0].pair for runs in groups.values() if runs[0].result.teacher))
     if len(taught) < 2:
         return []
+    trained = Counter((runs[0].label, runs[0].pair) for runs in groups.values())
     cells: dict[str, dict[str, Sequence[Finished]]] = {}
-    for runs in groups.values():
+    for name, runs in groups.items():
         run = runs[0]
+        settings = name.partition(" (")[2]  # that tell the group from others of its label
+        several = f"{run.label} ({settings}" if settings else name
+        row = run.label if trained[run.label, run.pair] == 1 else several
         for pair in [run.pair] if run.result.teacher else [p for p in taught if p.endswith(f" to {run.pair}")]:
-            row = run.label if pair not in cells.get(run.label, {}) else f"{run.label} {run.folder.name[-8:]}"
             cells.setdefault(row, {})[pair] = runs
 
     def table(caption: str, cell: Callable[[Sequence[Finished]], str]) -> Table:

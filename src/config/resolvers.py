@@ -32,13 +32,15 @@ def stem(path: str | None, default: str) -> str:
 def of_pair(constant: str, default: Any, *, _parent_: Any, _root_: Any) -> Any:
     """Look up a method's constant for the configured pair in the method's table `pairs`, with a default.
 
+    The pairs of networks for ImageNet begin with `imagenet/`, because some of them have the names of CIFAR's networks.
     With `standardize_logits=true`, the method's table `standardized` takes precedence. A pair without a row of its own
     in that table gets its row `default`.
     """
-    pairs = _parent_.get("pairs") or {}
-    found = {constant: default, **pairs.get(_root_.model.name, {})}
+    family = _root_.model.student.get("family")
+    pair = f"{family}/{_root_.model.name}" if family else _root_.model.name
+    found = {constant: default, **(_parent_.get("pairs") or {}).get(pair, {})}
     if _root_.standardize_logits and (standardized := _parent_.get("standardized")):
-        found |= {**standardized.default, **standardized.get(_root_.model.name, {})}
+        found |= {**standardized.default, **standardized.get(pair, {})}
     return found[constant]
 
 

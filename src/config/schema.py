@@ -123,6 +123,8 @@ class NetworkOptions:
     std: Channels | None = None
     weights: str | None = None
     """The default of `teacher.source` if this network is the teacher."""
+    family: str | None = no_effect(None)
+    """`imagenet` for networks for photos. Some have the name of another network for CIFAR."""
 
 
 @dataclass

@@ -145,7 +145,7 @@ def measure(cfg: DictConfig) -> tuple[list[Row], str]:
     if teacher_is_program(opened.cfg):
         log.info("The teacher is a program, so the student is measured alone.")
     else:
-        teacher = load_original_teacher(cfg, opened)
+        teacher = load_original_teacher(cfg, opened, as_in_training=False)
     images, target = sample_test_images(opened.data, max(cfg.images, BATCH))
     networks: dict[str, nn.Module] = {"teacher": TeacherModule(teacher).eval()} if teacher else {}
     networks["student"] = make_classifier(opened.distiller)
@@ -169,11 +169,12 @@ def measure(cfg: DictConfig) -> tuple[list[Row], str]:
     return rows, note
 
 
-def load_original_teacher(cfg: DictConfig, opened: Opened) -> Teacher | None:
+def load_original_teacher(cfg: DictConfig, opened: Opened, as_in_training: bool = True) -> Teacher | None:
     """Load the teacher of a run, or the teacher that the command names for a checkpoint. Returns None without one.
 
-    Raises `UserError` if it is not found, if it is not the teacher that the run had, or if it is a program and the
-    command does not set `teacher.allow_program=true`.
+    With `as_in_training`, it computes by the run's `teacher.precision` and `teacher.fold`. Raises `UserError` if it is
+    not found, if it is not the teacher that the run had, or if it is a program and the command does not set
+    `teacher.allow_program=true`.
     """
     run_cfg = opened.cfg.copy()
     facts = read_teacher(Path(cfg.run).expanduser()) if cfg.run else None
@@ -185,6 +186,8 @@ def load_original_teacher(cfg: DictConfig, opened: Opened) -> Teacher | None:
     elif cfg.run or (cfg.teacher.path is None and cfg.teacher.source is None):
         return None
     run_cfg.teacher.winograd = False  # exported files consist of torch's own operators
+    if not as_in_training:
+        run_cfg.teacher.update(precision=None, fold=False)
     path = find_teacher(run_cfg)
     teacher = load_teacher(run_cfg, opened.data, path)
     if facts is not None and teacher.digest != facts.sha256:

@@ -26,6 +26,7 @@ class DML(LogitMethod):
 
     needs_teacher = False
     can_be_compiled = False  # the terms of the peer do not depend on the logits
+    can_be_standardized = False
     peer: Network
 
     def __init__(self, *, mutual_weight: NonNegativeFloat) -> None:

@@ -246,6 +246,9 @@ class Method(nn.Module):
     needs_preactivations = False
     """Requires `needs_features`. `src/models/preactivations.py` defines them for each family of networks."""
     views_per_image = 1
+    can_be_standardized = True
+    """False if the student's logits are compared with others than the teacher's, which `standardize_logits` leaves as
+    they are."""
 
     @property
     def distils_logits(self) -> bool:

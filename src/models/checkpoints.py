@@ -12,7 +12,7 @@ import io
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def _no_weights(path: Path, content: Any, stubs: list[str]) -> UserError:
 def read_facts(path: Path) -> dict[str, Any]:
     """Read the facts that this project's checkpoints hold beside the weights.
 
-    These are the lists `class_names`, `mean` and `std`, and `data`, the digest of the data. Missing and malformed facts
-    are left out. Raises `UserError` if the file is missing or damaged, is a program, or could execute code.
+    These are the lists `class_names`, `mean` and `std`, `data`, the digest of the data, and `classifies`, which is
+    False for a student that does not predict by its own classifier. Missing and malformed facts are left out. Raises
+    `UserError` if the file is missing or damaged, is a program, or could execute code.
     """
     content, _ = _read_with_stubs(path)
     found = content if isinstance(_get(content, "model"), dict) else None
@@ -74,7 +75,18 @@ def read_facts(path: Path) -> dict[str, Any]:
             facts[name] = values
     if isinstance(digest := _get(found, "data"), str):
         facts["data"] = digest
+    if _get(found, "classifies") is False:
+        facts["classifies"] = False
     return facts
+
+
+def refuse_without_classifier(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a file states that its network does not predict by its own classifier."""
+    if facts.get("classifies") is False:
+        raise UserError(
+            f"{path} is a student without a trained classifier, because its method predicts by another (SimKD): open "
+            "its run with run=FOLDER, or choose another file."
+        )
 
 
 def _get(content: Any, key: str) -> Any:

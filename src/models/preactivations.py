@@ -3,10 +3,11 @@
 The code of the networks needs no change. There is no cost unless preactivations are requested.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,7 +28,7 @@ def forward_features(network: Network, images: Tensor, preactivations: bool) -> 
     if not preactivations:
         return network.forward_features(images)
     recorder = _Recorder()
-    with recorder:
+    with recorder, recorder.of_synchronised_norms(network):
         output = network.forward_features(images)
     return output._replace(preactivations=tuple(recorder.preactivation(features) for features in output.features))
 
@@ -52,6 +53,21 @@ class _Recorder(TorchFunctionMode):
         if function is F.batch_norm:
             self.after_norm[args[0]] = output
         return output
+
+    @contextmanager
+    def of_synchronised_norms(self, network: nn.Module) -> Iterator[None]:
+        """Record the output of batch norms that several devices synchronise. They do not call `F.batch_norm`."""
+
+        def record(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.after_norm[inputs[0]] = output
+
+        norms = [module for module in network.modules() if isinstance(module, nn.SyncBatchNorm)]
+        handles = [norm.register_forward_hook(record) for norm in norms]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def preactivation(self, features: Tensor) -> Tensor:
         if features in self.before_relu:

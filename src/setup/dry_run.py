@@ -18,6 +18,7 @@ from src.setup.assemble import Parts, make_distiller
 from src.setup.teacher import find_teacher, load_teacher, make_untrained_teacher
 from src.teachers.teacher import Teacher
 from src.training.distiller import Distiller
+from src.training.dot import DOT
 from src.training.fitting import try_options
 
 IMAGES = 4
@@ -32,7 +33,8 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
 
     The optimiser, the averaging and the logger are tried too. Raises `UserError` if one of these fails, if the method
     fails, if its terms and its weights have different names, if a term is not a scalar, if all weights are 0, if no
-    term depends on anything that is trained, or if a callback waits for a metric that the run does not have.
+    term depends on anything that is trained, if a callback waits for a metric that the run does not have, or if
+    `keep_best` would keep a student that does not predict alone.
     """
     cfg = copy.deepcopy(cfg)
     cfg.compile = False
@@ -40,9 +42,17 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
         teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
         distiller = make_distiller(cfg, data, copy.deepcopy(parts), teacher)
         _check_monitors(cfg, distiller)
+        if cfg.keep_best and distiller.method.predictor(distiller.student) is not distiller.student:
+            raise UserError(
+                f"keep_best=true keeps the student alone, but method={method_name(cfg)} predicts through parts of the "
+                "method too: leave it out."
+            )
         images = random_views(data)
         for module in [*(distiller.for_stage(stage) for stage in distiller.method.stages()), distiller]:
-            _try_terms(module, images)
+            summed = _try_terms(module, images)
+            optimizer = module.recipe.make_optimizer(module.parameter_groups())
+            if isinstance(optimizer, DOT):
+                optimizer.keep_task_gradients(summed, lambda gradients: gradients)
             try_options(cfg, module)
         if cfg.schedule.batch_size == 1:
             _try_single_image(distiller, data)
@@ -80,7 +90,8 @@ def random_views(data: ImageData, images: int = IMAGES) -> Samples:
     return samples._replace(other_target=samples.target, share=torch.ones(len(index)))
 
 
-def _try_terms(distiller: Distiller, images: Samples) -> None:
+def _try_terms(distiller: Distiller, images: Samples) -> dict[str, Tensor]:
+    """Compute the weighted terms."""
     batch, logits = distiller.observe(images)
     terms: object = distiller.method.all_terms(batch, logits)
     if not isinstance(terms, Mapping):
@@ -94,6 +105,7 @@ def _try_terms(distiller: Distiller, images: Samples) -> None:
         raise UserError("The method's weights are all 0 in the first epoch: raise the weight of at least one term.")
     if not any(term.requires_grad for term in summed.values()):
         raise UserError("The method's terms depend on nothing that is trained: compute them from the student's output.")
+    return summed
 
 
 def _try_single_image(distiller: Distiller, data: ImageData) -> None:

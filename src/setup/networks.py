@@ -51,6 +51,7 @@ def _library_network(role: str, source: str, node: DictConfig) -> dict[str, Any]
     name = name.replace("/", "-")
     return {
         "name": name,
+        "family": "imagenet",
         "_target_": "src.models.sources.architecture",
         "source": source,
         "learning_rate": node.learning_rate,
@@ -96,7 +97,8 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
     if path is not None:
         file = Path(path).expanduser()
         network = make_network(node, "model.student", data.num_classes)
-        load_weights(network, file, new_head=new_head, other_classes=OTHER_CLASSES)
+        advice = {} if cfg.get("checkpoint") else {"other_classes": OTHER_CLASSES}  # there, it is the trained student
+        load_weights(network, file, new_head=new_head, **advice)
         facts = stated_facts(node, file)
         return InitialStudent(network, facts.get("mean", data.mean), facts.get("std", data.std))
     if source is not None and not fresh:

@@ -23,7 +23,7 @@ from src.config.names import needs_teacher
 from src.config.schema import DATA_SCHEMAS, DataOptions, TrainOptions
 from src.data.image_data import ImageData
 from src.data.imagenet import english_names
-from src.models.checkpoints import read_facts
+from src.models.checkpoints import read_facts, refuse_without_classifier
 from src.runs.checkpointing import checkpoint_file, read_checkpoint
 from src.runs.result import Result, RunRecord, TeacherFacts, read_record
 from src.setup.assemble import make_data_for, make_distiller, make_method, make_parts, prepare
@@ -59,10 +59,13 @@ def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
             "data=...)."
         )
     if cfg.run is None:
-        merged: Any = OmegaConf.merge(cfg, {"student": {"path": cfg.checkpoint}})
+        trained = {"path": cfg.checkpoint, "new_head": False, "pretrained": True}
+        merged: Any = OmegaConf.merge(cfg, {"student": trained})
+        file = Path(cfg.checkpoint).expanduser()
+        facts = read_facts(file)
+        refuse_without_classifier(file, facts)
         opened = _open_untrained(prepare(merged), None)
-        stated = read_facts(Path(cfg.checkpoint).expanduser()).get("class_names")
-        _check_class_names(f"checkpoint={cfg.checkpoint}", stated, opened.data)
+        _check_class_names(f"checkpoint={cfg.checkpoint}", facts.get("class_names"), opened.data)
         return opened
     folder = Path(cfg.run).expanduser()
     run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
@@ -166,7 +169,7 @@ def read_config(folder: Path, data_root: str, data_path: str | None = None) -> D
             cfg.data.path = data_path
         unlabelled = cfg.data.get("unlabelled")
         if unlabelled not in (None, "rest") and not Path(unlabelled).expanduser().is_dir():
-            cfg.data.unlabelled = None  # photos that were only trained on
+            cfg.data.update(unlabelled=None, unlabelled_share=None)  # photos that were only trained on
     return cfg
 
 

@@ -17,7 +17,7 @@ from src.config.names import class_name
 from src.data.image_data import ImageData
 from src.data.limits import evaluation_batches, scored_batches
 from src.methods.method import Method
-from src.models.checkpoints import load_weights, read_facts
+from src.models.checkpoints import load_weights, read_facts, refuse_without_classifier
 from src.models.network import Network
 from src.models.program import load_program
 from src.models.sources import pretrained
@@ -109,6 +109,7 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
         network, facts = found.network, found._asdict() | (read_facts(path) if path else {})
     if path is not None:
         _check_stated_data(cfg, data, path, facts.get("data"))
+        refuse_without_classifier(path, facts)
         load_weights(network, path)
     return make_teacher(cfg, data, network, {**facts, "class_map": class_map})
 

@@ -61,6 +61,8 @@ class Teacher:
         self.answer_view: Callable[[Tensor], Tensor] = network
         self.forward_view: Callable[[Network, Tensor, bool], Output] = forward_features
         self.digest = self.digest_in_use = weights_digest(network)
+        self.parameters = sum(parameter.numel() for parameter in network.parameters())
+        """The number of parameters before layers are folded."""
         self.view_store: ViewStore | DeviceViewStore | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:

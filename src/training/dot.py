@@ -27,6 +27,8 @@ class DOT(Optimizer):
 
     unsupported_precisions = ("16-mixed",)
     """Precisions with a gradient scaler, under which the two gradients would have different scales."""
+    unsupported_options = (("gradient_clip_val", 0), ("accumulate_grad_batches", 1))
+    """Options of the trainer that change one of the two gradients alone, with their neutral values."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class DOT(Optimizer):
             return
         if "cross_entropy" not in weighted_terms:
             raise UserError(
-                "optimizer=dot needs the term cross_entropy, but the terms of this method are "
+                "optimizer=dot needs the term cross_entropy, but a stage of this method has only "
                 f"{', '.join(weighted_terms)}: choose a method with cross-entropy, or optimizer=null."
             )
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from torch import nn
 
 from src.common.errors import UserError
 from src.config.instantiate import bind, instantiate, report_misfit
@@ -45,7 +46,7 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     """Make Lightning's Trainer as configured.
 
     Raises `UserError` if its options do not fit, if the machine lacks the device, if the batch size is not divisible by
-    the number of devices, or if these cannot synchronise batch norm.
+    the number of devices, or if these have no strategy or cannot synchronise batch norm.
     """
     torch.backends.cudnn.allow_tf32 = cfg.tf32
     # Under deterministic=true, torch fills all memory before it is used. Nothing here reads memory before writing it.
@@ -67,6 +68,8 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
             f"schedule.batch_size={cfg.schedule.batch_size} is the global batch size, which is not divisible by "
             f"{trainer.world_size} devices: choose a multiple of {trainer.world_size}."
         )
+    if trainer.world_size > 1 and cfg.trainer.strategy == "auto":
+        raise UserError(f"{trainer.world_size} devices need a strategy: use trainer=ddp, or trainer=ddp_cpu on CPUs.")
     if trainer.world_size > 1 and cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
         raise UserError("Batch norm cannot be synchronised on CPUs: use trainer=ddp_cpu.")
     return trainer
@@ -84,8 +87,26 @@ def strategy_options(cfg: DictConfig, method: Method) -> dict[str, Any]:
         return {"strategy": f"{strategy}_find_unused_parameters_true"} if needs_more else {}
     weights = [method.weights(epoch) for epoch in range(cfg.trainer.max_epochs)]
     is_static = len({tuple(name for name, weight in each.items() if weight) for each in weights}) == 1
+    if (cfg.trainer.get("accumulate_grad_batches") or 1) > 1:  # DDP fails with both
+        is_static = False
     options = {"find_unused_parameters": True} if has_stages else {"static_graph": is_static}
     return {"strategy": hydra.utils.instantiate(strategy, **options)}
+
+
+def check_batch_norm(cfg: DictConfig, student: nn.Module, world_size: int) -> None:
+    """Raise `UserError` if synchronising batch norm would change the student.
+
+    torch replaces every batch norm by one of its own. Those of timm contain an activation, which would be lost.
+    """
+    if world_size == 1 or not cfg.trainer.get("sync_batchnorm"):
+        return
+    norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    foreign = next((norm for norm in norms if not type(norm).__module__.startswith("torch.")), None)
+    if foreign is not None:
+        raise UserError(
+            f"trainer.sync_batchnorm=true would replace {type(foreign).__name__} in {cfg.model.student.name} by a "
+            "plain batch norm, and lose its activation: add trainer.sync_batchnorm=false."
+        )
 
 
 def make_logger(cfg: DictConfig, folder: Path) -> Any:

@@ -114,7 +114,7 @@ def relations_of_classes(weight: Tensor) -> Tensor:
     """
     centred = (weight - weight.mean(dim=0)).double()
     logits = centred @ centred.T
-    others = ~torch.eye(len(logits), dtype=torch.bool)
+    others = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     mean = torch.where(others, logits, 0.0).sum(dim=0) / (len(logits) - 1)
     return ((logits - mean) / (logits.diagonal() - mean)).to(weight.dtype)
 

@@ -42,7 +42,7 @@ def summarise(
         seconds=sum(row["seconds"] for row in rows),
         parameters=Parameters(
             student=parameter_count(distiller.method.predictor(distiller.student)),
-            teacher=parameter_count(distiller.teacher.network) if distiller.teacher else None,
+            teacher=distiller.teacher.parameters if distiller.teacher else None,
             training_only=parameter_count(distiller.serialization) + parameter_count(distiller.method),
         ),
         data=cfg.data.name,

@@ -69,6 +69,14 @@ def test_a_multiply_accumulate_counts_once() -> None:
     assert count_macs(nn.Sequential(nn.Flatten(), nn.Linear(192, 7, bias=False)), image) == 192 * 7
 
 
+def test_attention_is_counted() -> None:
+    tokens, width = 10, 8
+    attention = nn.MultiheadAttention(width, 2, bias=False, batch_first=True).eval()
+    macs = count_macs(lambda x: attention(x, x, x, need_weights=False)[0], torch.zeros(1, tokens, width))
+    assert macs == 4 * tokens * width**2 + 2 * tokens**2 * width
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_student_and_teacher_have_costs_of_their_own(data: ArrayData) -> None:
     image = data.test_images([0])
     alone = tiny_distiller(data, Vanilla())

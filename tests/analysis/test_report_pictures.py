@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from src.analysis import figures
 from src.analysis.answered import Answered
 from src.analysis.predictions import Predictions
-from src.analysis.report_pictures import class_numbers, draw, draw_gained_images
+from src.analysis.report_pictures import check_classes, class_numbers, draw, draw_gained_images
 from src.analysis.results import Finished, find_runs, group
 from src.common.errors import UserError
 from src.common.files import write_rows
@@ -164,9 +164,15 @@ def test_another_network_alone_is_no_counterpart() -> None:
 def test_classes_are_chosen_by_name() -> None:
     names = [f"{kind} {i}" for i in range(4) for kind in ("animal", "plant")]
     assert class_numbers(names, ["plant 0", "animal 0"]) == [1, 0]
-    message = r"relations.classes: there is no class plant 9. Choose from animal 0, plant 0"
-    with pytest.raises(UserError, match=message):
-        class_numbers(names, ["plant 9"])
+    assert class_numbers(names, ["mineral 0", "plant 1"]) == [3], "a class of other data in the same report"
+
+
+def test_a_class_that_no_run_has_is_refused() -> None:
+    (run,) = groups_of("kd")["kd"]
+    other = dataclasses.replace(run, result=run.result.model_copy(update={"class_names": ["apple", "pear"]}))
+    check_classes([run, other], ["pear", run.result.class_names[0]])
+    with pytest.raises(UserError, match=r"^relations.classes: there is no class plum. Choose from "):
+        check_classes([run, other], ["pear", "plum"])
 
 
 def test_a_name_of_two_classes_chooses_both() -> None:

@@ -88,6 +88,17 @@ def test_methods_stand_beside_pairs_if_there_are_several(runs: Path) -> None:
     assert {row[0]: row[1:] for row in best.rows}["kd"] == ["61.0", "42.0 +- 1.0"]
 
 
+def test_a_pair_with_several_settings_of_a_method_has_a_row_for_each(runs: Path) -> None:
+    for accuracy, temperature in ((0.6, 4.0), (0.7, 2.0)):
+        settings = {"method": {"name": "kd", "temperature": temperature}}
+        write_run(runs, "kd", 0, accuracy, student="resnet14", settings=settings)
+    last, *_ = pair_tables(group(find_runs(runs)[0]))
+    cells = {row[0]: row[1:] for row in last.rows}
+    assert cells["kd"] == ["", "41.0 +- 1.0 (3)"]
+    assert cells["kd (temperature=4.0)"] == ["60.0 (1)", ""]
+    assert cells["kd (temperature=2.0)"] == ["70.0 (1)", ""]
+
+
 # Comparisons
 
 

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from src.config.instantiate import instantiate
 from src.config.names import method_name
 from src.config.resolvers import processors, scaled, stem, terminal
+from src.setup.assemble import prepare
 from tests.helpers.configure import CONF, configure, parts_of
 
 # Epochs
@@ -128,3 +129,14 @@ def test_standardized_logits_have_constants_of_their_own(method: str, pair: str,
     assert {name: cfg.method[name] for name in constants} == constants
     assert method == "nkd" or configure(f"method={method}", f"model={pair}").method != cfg.method
     assert method_name(cfg) == f"{method}+standardized"
+
+
+def test_networks_of_one_name_have_the_constants_of_their_family() -> None:
+    """CIFAR's and ImageNet's ResNets have the same names."""
+    for_cifar = configure("method=nkd", "network@model.teacher=resnet34", "network@model.student=resnet18")
+    for_imagenet = configure("method=nkd", "model=resnet34_to_resnet18")
+    assert for_cifar.model.name == for_imagenet.model.name
+    assert (for_cifar.method.gamma, for_cifar.method.temperature) == (3.5, 3.0)
+    assert (for_imagenet.method.gamma, for_imagenet.method.temperature) == (1.5, 1.0)
+    from_library = prepare(configure("method=nkd", "model=resnet34_to_resnet18", "student.source=torchvision/resnet18"))
+    assert from_library.method.gamma == 1.5

@@ -146,9 +146,9 @@ def test_the_cache_deletes_no_other_archives(remote: Remote, tmp_path: Path) -> 
 
 def test_a_view_store_of_mixed_photos_is_not_that_of_the_folder(folder: Path, shards: Path) -> None:
     """The photos that one is mixed with come from its shard, and from the whole folder."""
-    plain, mixed = {}, {"augmentation": Augmentation(mixing=CutMix(alpha=1.0))}
-    assert stream(shards, **plain).views_name == load(folder, **plain).views_name
-    assert stream(shards, **mixed).views_name != load(folder, **mixed).views_name
+    mixing = Augmentation(mixing=CutMix(alpha=1.0))
+    assert stream(shards).views_name == load(folder).views_name
+    assert stream(shards, augmentation=mixing).views_name != load(folder, augmentation=mixing).views_name
 
 
 def test_workers_share_the_cache(remote: Remote, folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from src.exporting.measuring import (
 from src.models.checkpoints import save_weights
 from src.models.resnet import resnet20
 from src.setup.reopen import open_run_or_checkpoint
+from src.training.summary import parameter_count
 from tests.helpers.configure import configure
 from tests.helpers.exports import random_classifier, random_images
 from tests.helpers.run_folders import taught_by_a_lost_file
@@ -129,6 +130,18 @@ def moved_run(finished_run: Path, tmp_path: Path) -> Path:
 def load_teacher_of(folder: Path, data: Path, *overrides: str) -> Any:
     cfg = configure(f"run={folder}", f"data.path={data}", *overrides, command="measure")
     return load_original_teacher(cfg, open_run_or_checkpoint(cfg))
+
+
+def test_a_teacher_is_measured_without_what_accelerates_training(finished_run: Path, array_file: Path) -> None:
+    cfg = configure(f"run={finished_run}", f"data.path={array_file}", command="measure")
+    opened = open_run_or_checkpoint(cfg)
+    opened.cfg.teacher.update(precision="bfloat16", fold=True)
+    in_training, alone = (load_original_teacher(cfg, opened, as_in_training=each) for each in (True, False))
+    assert in_training is not None
+    assert alone is not None
+    assert (in_training.precision, alone.precision) == ("bfloat16", None)
+    assert in_training.folded > alone.folded == 0
+    assert in_training.parameters == alone.parameters == parameter_count(alone.network)
 
 
 def test_a_runs_teacher_is_found_or_named(

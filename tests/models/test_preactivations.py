@@ -85,3 +85,20 @@ def test_gradients_flow_through_preactivations(maker: Maker):
     output = forward_features(network, images(), preactivations=True)
     output.preactivations[1].square().sum().backward()
     assert network.get_parameter("conv1.weight").grad is not None
+
+
+class Synchronised(torch.autograd.Function):
+    """Compute batch norm out of sight of `F.batch_norm`, as several devices do."""
+
+    @staticmethod
+    def forward(_, values: Tensor) -> Tensor:
+        return (values - values.mean(dim=(0, 2, 3), keepdim=True)) / values.std(dim=(0, 2, 3), keepdim=True)
+
+
+def test_batch_norm_of_several_devices_is_recorded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", lambda _, values: Synchronised.apply(values))
+    network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(wrn_16_1(5)).eval()
+    output = forward_features(network, images(), preactivations=True)
+    for features, before in zip(output.features, output.preactivations, strict=True):
+        assert torch.equal(before, Synchronised.apply(features))
+    assert not any(module._forward_hooks for module in network.modules())

@@ -323,6 +323,13 @@ def test_parameters_of_a_method_depend_on_the_seed_alone(cfg: DictConfig) -> Non
     assert not same(weights(one.method), weights(other.method))
 
 
+def test_logits_of_a_peer_cannot_be_standardized(cfg: DictConfig) -> None:
+    composed = configure("method=dml")
+    cfg = changed(cfg, method=composed.method, serialization=composed.serialization, standardize_logits=True)
+    with pytest.raises(UserError, match=r"^method=dml compares the student's logits with others that standardize_l"):
+        assembled(cfg)
+
+
 def test_a_second_student_does_not_get_the_first_ones_weights(cfg: DictConfig) -> None:
     cfg = changed(cfg, method=configure("method=dml").method)
     distiller: Any = make_distiller(cfg, *assembled(cfg), None)

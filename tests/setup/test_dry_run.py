@@ -290,6 +290,20 @@ def test_every_method_passes(cfg: DictConfig, method: str) -> None:
     tried(changed(cfg, method=composed.method, serialization=composed.serialization))
 
 
+def test_every_stage_needs_cross_entropy_for_dot(cfg: DictConfig) -> None:
+    composed = configure("method=ab", "model=resnet20_to_resnet8", "optimizer=dot")
+    chosen = {"method": composed.method, "serialization": composed.serialization, "optimizer": composed.optimizer}
+    with pytest.raises(UserError, match=r"optimizer=dot needs the term cross_entropy, but a stage of this method has"):
+        tried(changed(cfg, **chosen))
+
+
+def test_a_student_that_does_not_predict_alone_is_not_kept(cfg: DictConfig) -> None:
+    composed = configure("method=simkd", "model=resnet20_to_resnet8")
+    chosen = {"method": composed.method, "serialization": composed.serialization, "keep_best": True}
+    with pytest.raises(UserError, match=r"^keep_best=true keeps the student alone, but method=simkd predicts through"):
+        tried(changed(cfg, **chosen))
+
+
 def test_a_dry_run_changes_nothing(cfg: DictConfig) -> None:
     cfg = changed(cfg, method___target_=f"{__name__}.CountsCalls", compile=True)
     before = copy.deepcopy(cfg)

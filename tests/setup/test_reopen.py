@@ -65,6 +65,14 @@ def test_an_existing_data_root_is_kept(copied: Path, tmp_path: Path) -> None:
     assert read_config(copied, "here").data.root == str(tmp_path)
 
 
+def test_photos_without_labels_may_be_gone(copied: Path, tmp_path: Path) -> None:
+    config: Any = OmegaConf.load(copied / "config.yaml")
+    config.data.update(unlabelled=str(tmp_path / "gone"), unlabelled_share=0.5)
+    OmegaConf.save(config, copied / "config.yaml")
+    data = read_config(copied, str(tmp_path)).data
+    assert (data.unlabelled, data.unlabelled_share) == (None, None)
+
+
 def test_options_that_a_configuration_lacks_have_their_defaults(copied: Path) -> None:
     config: Any = OmegaConf.load(copied / "config.yaml")
     del config["averaging"]
@@ -213,8 +221,16 @@ def test_a_checkpoint_becomes_the_configured_student(finished: Place, tmp_path: 
     assert same(weights(opened.distiller.student), weights(network))
     assert opened.distiller.settings.mean == (0.1, 0.2, 0.3)
     assert opened.distiller.teacher is None
+    trained_from_others = changed(cfg, student__new_head=True, student__pretrained=False)
+    assert same(weights(open_run_or_checkpoint(trained_from_others).distiller.student), weights(network))
     save_weights(resnet14(10), tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"a\.pth does not hold the weights of"):
+        open_run_or_checkpoint(cfg)
+    save_weights(resnet8(7), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"7 classes, but the network has 10: give a checkpoint of a network with the"):
+        open_run_or_checkpoint(cfg)
+    save_weights(network, tmp_path / "a.pth", classifies=False)
+    with pytest.raises(UserError, match=r"a\.pth is a student without a trained classifier, .*run=FOLDER"):
         open_run_or_checkpoint(cfg)
 
 
@@ -265,7 +281,7 @@ def test_a_given_data_root_replaces_that_of_the_run_even_if_it_exists(
 ) -> None:
     for given in ({}, {"data__root": str(tmp_path)}):
         cfg = changed(configure(command="evaluate"), run=str(aekt), data__path=str(finished.data), **given)
-        own = read_config(aekt, "here").data.root
+        own = read_config(aekt, cfg.data.root).data.root
         assert open_run_or_checkpoint(cfg).cfg.data.root == given.get("data__root", own)
 
 

@@ -12,9 +12,11 @@ from src.methods.fitnet import FitNet
 from src.methods.kd import KD
 from src.methods.method import Batch, DistillationLogits, Method
 from src.methods.vanilla import Vanilla
+from src.setup.assemble import make_optimizer
 from src.training.dot import DOT
 from src.training.serialization import Serial
 from tests.helpers.commands import run
+from tests.helpers.configure import configure
 from tests.helpers.tiny import kd, same, tiny_data, tiny_distiller, tiny_teacher, tiny_trainer, weights
 
 RATE, MOMENTUM, DELTA, DECAY = 0.1, 0.9, 0.075, 0.01
@@ -88,9 +90,18 @@ class WithoutCrossEntropy(KD):
 def test_a_method_without_cross_entropy_is_refused(tmp_path: Path) -> None:
     method = WithoutCrossEntropy(cross_entropy_weight=0.0, kd_weight=0.9, temperature=4.0)
     with pytest.raises(
-        UserError, match=r"optimizer=dot needs the term cross_entropy, but .* are kd: .* optimizer=null\."
+        UserError, match=r"optimizer=dot needs the term cross_entropy, but .* has only kd: .* optimizer=null\."
     ):
         trained(tmp_path, method, DOT)
+
+
+@pytest.mark.parametrize("option", ["gradient_clip_val=1.0", "accumulate_grad_batches=2"])
+def test_options_that_change_one_gradient_alone_are_refused(option: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(UserError, match=rf"DOT does not support trainer\.{name}: leave it out\."):
+        make_optimizer(configure("method=kd", "optimizer=dot", f"+trainer.{option}"))
+    neutral = configure("optimizer=dot", "+trainer.gradient_clip_val=0", "+trainer.accumulate_grad_batches=1")
+    make_optimizer(neutral)
 
 
 def test_a_missing_teacher_is_trained_without_dot(tmp_path: Path, array_file: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +19,7 @@ from src.runs.checkpointing import checkpoint_file, previous_file
 from src.runs.history import read_history
 from src.training import fitting
 from src.training.distiller import Distiller
-from src.training.fitting import fit, make_logger, make_trainer, strategy_options
+from src.training.fitting import check_batch_norm, fit, make_logger, make_trainer, strategy_options
 from tests.helpers.configure import changed, configure
 from tests.helpers.tiny import CLASSES, kd, same, tiny_data, tiny_distiller, tiny_teacher, weights
 
@@ -172,6 +172,10 @@ def test_ddp_assumes_what_the_method_allows(method: Method, options: dict[str, b
     method.adapter = nn.Identity()  # the stages refer to it
     strategy = strategy_options(config(trainer__strategy=node), method)["strategy"]
     assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True, **options}
+    cfg = config(trainer__strategy=node)
+    with open_dict(cfg):
+        cfg.trainer.accumulate_grad_batches = 2
+    assert not strategy_options(cfg, method)["strategy"]._ddp_kwargs.get("static_graph"), "DDP fails with both"
 
 
 def test_the_trainers_of_several_devices_do_not_copy_gradients() -> None:
@@ -339,9 +343,28 @@ def test_the_global_batch_must_divide_by_the_devices(batch_size: int, devices: i
 
 
 def test_batch_norm_cannot_be_synchronised_on_cpus() -> None:
-    cfg = configure("method=vanilla", "trainer=cpu", "trainer.devices=2")
+    cfg = configure("method=vanilla", "trainer=ddp_cpu", "trainer.sync_batchnorm=true")
     with pytest.raises(UserError, match=r"Batch norm cannot be synchronised on CPUs: use trainer=ddp_cpu\."):
         make_trainer(cfg, logger=False, enable_checkpointing=False)
+
+
+def test_several_devices_need_a_strategy() -> None:
+    cfg = configure("method=vanilla", "trainer=cpu", "trainer.devices=2")
+    with pytest.raises(UserError, match=r"2 devices need a strategy: use trainer=ddp, or trainer=ddp_cpu on CPUs\."):
+        make_trainer(cfg, logger=False, enable_checkpointing=False)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """A batch norm like those of timm."""
+
+
+def test_batch_norm_that_synchronising_would_replace_is_refused() -> None:
+    cfg, student = configure("trainer=ddp"), nn.Sequential(nn.BatchNorm2d(3), NormWithActivation(3))
+    with pytest.raises(UserError, match=r"would replace NormWithActivation in .*: add trainer\.sync_batchnorm=false\."):
+        check_batch_norm(cfg, student, world_size=2)
+    check_batch_norm(cfg, student, world_size=1)
+    check_batch_norm(cfg, student[:1], world_size=2)
+    check_batch_norm(configure("trainer=ddp", "trainer.sync_batchnorm=false"), student, world_size=2)
 
 
 def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

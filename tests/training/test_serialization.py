@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from src.methods.kd import KD, kd_loss
 from src.models.network import Network, Output
@@ -186,6 +187,8 @@ def test_the_decay_is_a_term_of_the_loss(tmp_path: Path) -> None:
 def test_the_layer_can_start_from_the_relations_of_the_teacher_s_classes() -> None:
     """Classes 0 and 1 are near each other, and class 2 is apart. A common offset of all classes changes nothing."""
     weight = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-4.0, 0.0]], dtype=torch.float64)
+    with FakeTensorMode():
+        assert relations_of_classes(torch.empty(4, 3, device="cuda")).is_cuda
     found = relations_of_classes(weight + torch.tensor([3.0, -7.0]))
     products = torch.tensor([[5.0, 3.0, -8.0], [3.0, 5.0, -8.0], [-8.0, -8.0, 16.0]], dtype=torch.float64)
     others = torch.tensor([-2.5, -2.5, -8.0], dtype=torch.float64)
