@@ -41,7 +41,7 @@ DESCRIBED = {
 """Nodes with keys that describe them, beside the arguments of their `_target_`."""
 OPTIONAL = ("also", "optimizer", "averaging", "logger")
 """Groups that may be switched off."""
-READ_WITH_RUN = ("data.root", "data.path", "trainer", "trainer.accelerator")
+READ_WITH_RUN = ("data.root", "data.path", "data.unlabelled", "trainer", "trainer.accelerator")
 """Options of a training that are read together with `run=`. All others are those of the run."""
 WITH_TEACHER = ("teacher.path", "teacher.class_map", "teacher.allow_program")
 """Options that `src.measure` reads too, and `src.export` for fine-tuning."""

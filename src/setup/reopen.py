@@ -71,6 +71,8 @@ def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
     run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))
     if cfg.data.root != OmegaConf.structured(DataOptions).root:  # it was given, and not left at its default
         run_cfg.data.root = cfg.data.root
+    if cfg.data.get("unlabelled") is not None:
+        run_cfg.data.unlabelled = cfg.data.unlabelled
     run_cfg.trainer.accelerator = cfg.trainer.accelerator
     if read_result(cfg.run) is None:
         log.warning("%s is not finished: its last checkpoint is used.", folder)

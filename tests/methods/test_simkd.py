@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from src.data.views import normalise
+from src.models.checkpoints import read_facts
 from src.models.resnet import resnet8, resnet14
 from src.models.slimnet import slimnet_300k
 from src.models.vgg import vgg8
 from src.models.wide_resnet import wrn_16_1
+from tests.helpers.commands import run
 from tests.helpers.features import drawn, mean_square, smaller
+from tests.helpers.interruption import SMALL, write_sources
 from tests.helpers.maps import batch_of_maps
 from tests.helpers.methods import NewNetwork, assert_published_weights, configured, networks_of, some_images
 from tests.helpers.tiny import (
@@ -99,3 +102,11 @@ def test_it_trains_on_two_processes(tmp_path: Path):
         trainer = tiny_trainer(1, devices=2, strategy="ddp_fork")
         trainer.fit(distiller, datamodule=tiny_data(tmp_path))
     assert torch.isfinite(trainer.callback_metrics["train/loss_epoch"])
+
+
+def test_its_student_alone_is_marked(tmp_path: Path):
+    options = (*SMALL, *write_sources(tmp_path), "method=simkd", "schedule.epochs=1", "logger=none")
+    ran = run("train", *options, f"runs={tmp_path / 'runs'}")
+    assert ran.code == 0, ran.err
+    (file,) = tmp_path.rglob("student.pth")
+    assert read_facts(file)["classifies"] is False
