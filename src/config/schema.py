@@ -124,7 +124,7 @@ class NetworkOptions:
     weights: str | None = None
     """The default of `teacher.source` if this network is the teacher."""
     family: str | None = no_effect(None)
-    """`imagenet` for networks for photos. Some have the name of another network for CIFAR."""
+    """Tells a network from another of its name, so that methods do not take the other's constants."""
 
 
 @dataclass

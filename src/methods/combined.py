@@ -20,21 +20,12 @@ class Combined(Method):
     """
 
     def __init__(self, main: Method, also: Method) -> None:
-        """Combine two methods.
-
-        Raises `UserError` if `also` changes gradients or prediction, because only one method can, or if it distils
-        logits with which the student of `main` does not predict.
-        """
+        """Combine two methods. Raises `UserError` if `also` changes gradients or prediction: only one method can."""
         super().__init__()
         kind = type(also)
         if kind.backward is not Method.backward or kind.predictor is not Method.predictor:
             raise UserError(
                 f"method@also={kind.__name__.lower()} changes gradients or prediction: choose it with method= instead."
-            )
-        if type(main).predictor is not Method.predictor and also.distils_logits:
-            raise UserError(
-                f"method@also={kind.__name__.lower()} distils the student's own logits, but a student of "
-                f"method={type(main).__name__.lower()} predicts by others: choose a method on features."
             )
         self.main, self.also = main, also
         self.needs_teacher = main.needs_teacher or also.needs_teacher
@@ -46,6 +37,14 @@ class Combined(Method):
         self.needs_preactivations = main.needs_preactivations or also.needs_preactivations
         self.can_be_standardized = main.can_be_standardized and also.can_be_standardized
         self.views_per_image = max(main.views_per_image, also.views_per_image)
+
+    def check(self) -> None:
+        """Raise `UserError` if `also` distils logits with which the student of `main` does not predict."""
+        if type(self.main).predictor is not Method.predictor and self.also.distils_logits:
+            raise UserError(
+                f"method@also={type(self.also).__name__.lower()} distils the student's own logits, but a student of "
+                f"method={type(self.main).__name__.lower()} does not predict with them: choose a method on features."
+            )
 
     @property
     def distils_logits(self) -> bool:

@@ -247,8 +247,8 @@ class Method(nn.Module):
     """Requires `needs_features`. `src/models/preactivations.py` defines them for each family of networks."""
     views_per_image = 1
     can_be_standardized = True
-    """False if the student's logits are compared with others than the teacher's, which `standardize_logits` leaves as
-    they are."""
+    """False if a term compares the student's logits with others than the teacher's. `standardize_logits` leaves those
+    as they are."""
 
     @property
     def distils_logits(self) -> bool:

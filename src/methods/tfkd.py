@@ -34,6 +34,7 @@ class TfKD(LogitMethod):
 
     needs_teacher = False
     needs_labels = True
+    can_be_standardized = False
 
     def __init__(
         self,

@@ -80,13 +80,10 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def refuse_without_classifier(path: Path, facts: Mapping[str, Any]) -> None:
+def refuse_without_classifier(path: Path, facts: Mapping[str, Any], advice: str) -> None:
     """Raise `UserError` if a file states that its network does not predict by its own classifier."""
     if facts.get("classifies") is False:
-        raise UserError(
-            f"{path} is a student without a trained classifier, because its method predicts by another (SimKD): open "
-            "its run with run=FOLDER, or choose another file."
-        )
+        raise UserError(f"The classifier in {path} is not trained, because SimKD predicts through another: {advice}.")
 
 
 def _get(content: Any, key: str) -> Any:

@@ -163,13 +163,18 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a signal has arrived or the interval is over."""
-        if trainer.world_size > 1 and (batch_idx + 1) % steps_between_waits(trainer, self.check_every):
+        if trainer.world_size > 1 and (batch_idx + 1) % self._batches_between_decisions(trainer):
             return
         due = self.received is not None or self.budget.is_over or time.monotonic() - self.saved >= self.interval
         due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due and not _ends_epoch(trainer) and not _accumulates(trainer):
             self._save(trainer)
             self._end_together(trainer)
+
+    def _batches_between_decisions(self, trainer: Trainer) -> int:
+        """Round the configured number up to whole steps of the optimiser."""
+        accumulated = trainer.accumulate_grad_batches
+        return -(-steps_between_waits(trainer, self.check_every) // accumulated) * accumulated
 
     def _end_together(self, trainer: Trainer, is_last_epoch: bool = False) -> None:
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):

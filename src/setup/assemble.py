@@ -118,11 +118,13 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
         raise UserError(
             f"method={cfg.method.name} has no logit term on which standardize_logits=true could act: set it to false."
         )
-    if cfg.standardize_logits and not method.can_be_standardized:
+    if for_training and cfg.standardize_logits and not method.can_be_standardized:
         raise UserError(
-            f"method={cfg.method.name} compares the student's logits with others that standardize_logits=true does "
-            "not reach: set it to false."
+            "standardize_logits=true does not reach all logits that this method compares (those of a peer, or a fixed "
+            "target): set it to false."
         )
+    if for_training and isinstance(method, Combined):
+        method.check()
     if for_training and cfg.winograd:
         use_winograd(student.network, frozen=False)
     return Parts(student, method, serialization, recipe)
@@ -168,7 +170,7 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., Optimizer]:
     """Make a partial of the optimiser in the group `optimizer`, or else of the schedule's optimiser.
 
     The partial takes the parameters. Raises `UserError` if its options are invalid, or if it does not support the
-    precision or an option of the trainer.
+    precision.
     """
     option = "optimizer" if cfg.optimizer else "schedule.optimizer"
     node = cfg.optimizer or cfg.schedule.optimizer
@@ -180,9 +182,6 @@ def make_optimizer(cfg: DictConfig) -> Callable[..., Optimizer]:
         raise UserError(
             f"{node._target_} does not support trainer.precision={cfg.trainer.precision}: use bf16-mixed or 32-true."
         )
-    for name, neutral in getattr(trial, "unsupported_options", ()):
-        if cfg.trainer.get(name) not in (None, neutral):
-            raise UserError(f"{node._target_} does not support trainer.{name}: leave it out.")
     return partial
 
 

@@ -18,7 +18,6 @@ from src.setup.assemble import Parts, make_distiller
 from src.setup.teacher import find_teacher, load_teacher, make_untrained_teacher
 from src.teachers.teacher import Teacher
 from src.training.distiller import Distiller
-from src.training.dot import DOT
 from src.training.fitting import try_options
 
 IMAGES = 4
@@ -49,11 +48,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
             )
         images = random_views(data)
         for module in [*(distiller.for_stage(stage) for stage in distiller.method.stages()), distiller]:
-            summed = _try_terms(module, images)
-            optimizer = module.recipe.make_optimizer(module.parameter_groups())
-            if isinstance(optimizer, DOT):
-                optimizer.keep_task_gradients(summed, lambda gradients: gradients)
-            try_options(cfg, module)
+            try_options(cfg, module, _try_terms(module, images))
         if cfg.schedule.batch_size == 1:
             _try_single_image(distiller, data)
     except UserError as error:

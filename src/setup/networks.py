@@ -51,7 +51,6 @@ def _library_network(role: str, source: str, node: DictConfig) -> dict[str, Any]
     name = name.replace("/", "-")
     return {
         "name": name,
-        "family": "imagenet",
         "_target_": "src.models.sources.architecture",
         "source": source,
         "learning_rate": node.learning_rate,

@@ -63,7 +63,7 @@ def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
         merged: Any = OmegaConf.merge(cfg, {"student": trained})
         file = Path(cfg.checkpoint).expanduser()
         facts = read_facts(file)
-        refuse_without_classifier(file, facts)
+        refuse_without_classifier(file, facts, "give the run with run=FOLDER instead")
         opened = _open_untrained(prepare(merged), None)
         _check_class_names(f"checkpoint={cfg.checkpoint}", facts.get("class_names"), opened.data)
         return opened

@@ -109,7 +109,7 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
         network, facts = found.network, found._asdict() | (read_facts(path) if path else {})
     if path is not None:
         _check_stated_data(cfg, data, path, facts.get("data"))
-        refuse_without_classifier(path, facts)
+        refuse_without_classifier(path, facts, "give another file")
         load_weights(network, path)
     return make_teacher(cfg, data, network, {**facts, "class_map": class_map})
 

@@ -27,8 +27,6 @@ class DOT(Optimizer):
 
     unsupported_precisions = ("16-mixed",)
     """Precisions with a gradient scaler, under which the two gradients would have different scales."""
-    unsupported_options = (("gradient_clip_val", 0), ("accumulate_grad_batches", 1))
-    """Options of the trainer that change one of the two gradients alone, with their neutral values."""
 
     def __init__(
         self,
@@ -44,6 +42,13 @@ class DOT(Optimizer):
             raise ValueError(f"momentum {momentum} minus and plus delta {delta} must lie in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "delta": delta, "weight_decay": weight_decay})
         self.task_gradients: dict[Tensor, Tensor] = {}
+
+    @staticmethod
+    def check_trainer(options: Mapping[str, Any]) -> None:
+        """Raise `UserError` if an option of the trainer would change one of the two gradients alone."""
+        for name, neutral in (("gradient_clip_val", 0), ("accumulate_grad_batches", 1)):
+            if options.get(name) not in (None, neutral):
+                raise UserError(f"optimizer=dot does not support trainer.{name}: leave it out.")
 
     def keep_task_gradients(
         self, weighted_terms: Mapping[str, Tensor], mean_over_devices: Callable[[list[Tensor]], list[Tensor]]

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from src.common.errors import UserError
 from src.config.instantiate import bind, instantiate, report_misfit
@@ -33,6 +33,7 @@ from src.runs.loggers import ForgivingLogger, describe_failure
 from src.runs.result import START_OVER
 from src.runs.time_budget import OutOfTime, TimeBudget
 from src.training.distiller import Distiller
+from src.training.dot import DOT
 from src.training.gradient_anatomy import GradientAnatomy
 from src.training.term_log import TermLog
 
@@ -71,7 +72,7 @@ def make_trainer(cfg: DictConfig, **overrides: Any) -> L.Trainer:
     if trainer.world_size > 1 and cfg.trainer.strategy == "auto":
         raise UserError(f"{trainer.world_size} devices need a strategy: use trainer=ddp, or trainer=ddp_cpu on CPUs.")
     if trainer.world_size > 1 and cfg.trainer.get("sync_batchnorm") and trainer.strategy.root_device.type == "cpu":
-        raise UserError("Batch norm cannot be synchronised on CPUs: use trainer=ddp_cpu.")
+        raise UserError("Batch norm cannot be synchronised on CPUs: add trainer.sync_batchnorm=false.")
     return trainer
 
 
@@ -134,11 +135,19 @@ def make_averaging(cfg: DictConfig) -> L.Callback | None:
     return averaging
 
 
-def try_options(cfg: DictConfig, distiller: Distiller) -> None:
-    """Make what `fit` makes from the configuration, for a trial module. Raises `UserError` if options do not fit."""
+def try_options(cfg: DictConfig, distiller: Distiller, weighted_terms: Mapping[str, Tensor]) -> None:
+    """Make what `fit` makes from the configuration, for a trial module and its terms.
+
+    Raises `UserError` if options do not fit.
+    """
     distiller.student.to(memory_format=distiller.memory_format)
-    with report_misfit(cfg.optimizer or cfg.schedule.optimizer, "optimizer" if cfg.optimizer else "schedule.optimizer"):
+    node, option = cfg.optimizer or cfg.schedule.optimizer, "optimizer" if cfg.optimizer else "schedule.optimizer"
+    with report_misfit(node, option):
         optimizer = distiller.recipe.make_optimizer(distiller.parameter_groups())
+    if isinstance(optimizer, DOT):
+        optimizer.check_trainer(cfg.trainer)
+        optimizer.keep_task_gradients(weighted_terms, lambda gradients: gradients)
+    with report_misfit(node, option):
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step(lambda: 0.0)

@@ -48,15 +48,12 @@ taught_by = functools.cache(tiny_teacher)
 """A teacher that several tests share. No test may change it."""
 
 
-IMAGENET_PAIRS = ("resnet34_to_resnet18", "resnet50_to_mobilenetv1")
-
-
 def configured(name: str, pair: str = "", *, epochs: int = 240, **options: Any) -> Any:
     """Make a method as `method=name` does for a pair and a number of epochs. CRD gets few negatives."""
     if name == "crd":
         options = {"negatives": 8, "embedding_size": 6, **options}
     root = {
-        "model": {"name": pair, "student": {"family": "imagenet" if pair in IMAGENET_PAIRS else None}},
+        "model": {"name": pair, "student": {}},
         "schedule": {"epochs": epochs, "distillation_warmup": 20},
         "standardize_logits": False,
         "method": OmegaConf.merge(_node(name), options),

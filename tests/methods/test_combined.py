@@ -50,14 +50,15 @@ def test_it_asks_for_what_either_method_asks_for():
 
 
 def test_the_first_of_two_methods_predicts(tmp_path: Path):
-    method = Combined(TeachersHead(), configured("at"))
+    method = Combined(TeachersHead(), kd())
     distiller = tiny_distiller(tiny_data(tmp_path), method, teacher=tiny_teacher())
     assert isinstance(method.predictor(distiller.student), Through)
 
 
 def test_logits_with_which_the_student_does_not_predict_are_not_distilled():
     with pytest.raises(UserError, match=r"^method@also=kd distils the student's own logits, but a student of method=t"):
-        Combined(TeachersHead(), kd())
+        Combined(TeachersHead(), kd()).check()
+    Combined(TeachersHead(), configured("at")).check()
 
 
 class OwnPredictor(Vanilla):

@@ -225,6 +225,7 @@ def test_a_sentence_that_is_not_about_the_method_stays_as_it_is(cfg: DictConfig)
 
 
 NO_DECAY = "~schedule.optimizer.weight_decay"
+LBFGS = ("schedule.optimizer._target_=torch.optim.LBFGS", "~schedule.optimizer.momentum", NO_DECAY)
 
 
 @pytest.mark.parametrize(
@@ -248,9 +249,19 @@ NO_DECAY = "~schedule.optimizer.weight_decay"
             r"The options of schedule\.optimizer do not fit torch\.optim\.Muon: Muon only supports 2D parameters",
         ),
         (
-            ("schedule.optimizer._target_=torch.optim.LBFGS", "~schedule.optimizer.momentum", NO_DECAY),
+            LBFGS,
             r"The options of schedule\.optimizer do not fit torch\.optim\.LBFGS: view size is not compatible",
         ),
+        (
+            (
+                "schedule.optimizer._target_=torch.optim.LBFGS",
+                "~schedule.optimizer.momentum",
+                NO_DECAY,
+                "serialization=serial",
+            ),
+            r"The options of schedule\.optimizer do not fit torch\.optim\.LBFGS: LBFGS doesn't support per-parameter",
+        ),
+        (("optimizer=dot", "+trainer.gradient_clip_val=1.0"), r"optimizer=dot does not support trainer\.gradient_clip"),
     ],
 )
 def test_what_fit_makes_later_is_tried_before_a_teacher_is_trained(

@@ -230,7 +230,7 @@ def test_a_checkpoint_becomes_the_configured_student(finished: Place, tmp_path: 
     with pytest.raises(UserError, match=r"7 classes, but the network has 10: give a checkpoint of a network with the"):
         open_run_or_checkpoint(cfg)
     save_weights(network, tmp_path / "a.pth", classifies=False)
-    with pytest.raises(UserError, match=r"a\.pth is a student without a trained classifier, .*run=FOLDER"):
+    with pytest.raises(UserError, match=r"The classifier in .*a\.pth is not trained, .*run=FOLDER instead\."):
         open_run_or_checkpoint(cfg)
 
 
