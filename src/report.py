@@ -75,6 +75,9 @@ def main(cfg: DictConfig) -> None:
         raise UserError(
             f"There is no finished run below {cfg.runs}: train one with python -m src.train runs={cfg.runs}."
         )
+    methods = sorted({run.result.method for run in runs})
+    if cfg.against is not None and cfg.against not in methods:
+        raise UserError(f"against={cfg.against} is not a method of these runs: choose from {', '.join(methods)}.")
     check_classes(runs, cfg.relations.classes or ())
     out.mkdir(parents=True, exist_ok=True)
     sections = [

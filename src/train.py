@@ -237,6 +237,9 @@ def save(
             "std": list(distiller.settings.std),
             "data": data.source.digest,
         }
+        _, height, width = data.image_shape
+        if height == width:
+            facts["image_size"] = height
         if distiller.method.predictor(distiller.student) is not distiller.student:
             facts["classifies"] = False
         save_weights(distiller.student, folder.student_file, **facts)
@@ -267,7 +270,7 @@ def save_best(student: Network, folder: RunFolder, trainer: Trainer, facts: Mapp
 
 
 def check_search(cfg: DictConfig, data: ImageData) -> None:
-    """Raise `UserError` if a search, by a sweeper of Hydra or by W&B, would choose settings by their test accuracy."""
+    """Raise `UserError` if a search, by a sweeper of Hydra or by W&B, cannot choose settings by validation images."""
     job_cfg = HydraConfig.get() if HydraConfig.initialized() else None
     searches = job_cfg and job_cfg.mode is RunMode.MULTIRUN and not job_cfg.sweeper._target_.endswith(".BasicSweeper")
     if not searches and not os.environ.get("WANDB_SWEEP_ID"):
@@ -278,6 +281,11 @@ def check_search(cfg: DictConfig, data: ImageData) -> None:
         )
     if not validated_batches(cfg, data):
         raise UserError("A search needs validation images: leave trainer.limit_val_batches=0 out.")
+    if searches and cfg.trainer.get("max_time"):
+        raise UserError(
+            "A search cannot use the result of a run that trainer.max_time has paused: leave it out. If the search is "
+            "stopped, the same command resumes it."
+        )
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")

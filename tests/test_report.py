@@ -60,6 +60,13 @@ def test_the_chosen_scores_are_compared(runs: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_an_unknown_method_to_compare_with_is_refused(runs: Path, tmp_path: Path) -> None:
+    ran = run("report", f"runs={runs}", f"out={tmp_path / 'out'}", "against=KD")
+    assert (ran.code, ran.err.strip()) == (
+        1, "error: against=KD is not a method of these runs: choose from kd, tfkd, vanilla.",
+    )  # fmt: skip
+
+
 def test_runs_of_two_protocols_have_sections_and_pictures_of_their_own(runs: Path, tmp_path: Path) -> None:
     write_run(runs, "kd", settings={"data": {"name": "other"}}, data="other")
     ran = run("report", f"runs={runs}", f"out={tmp_path / 'out'}", "answers=false")

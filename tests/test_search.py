@@ -1,13 +1,17 @@
 """Searches for a method's constants: by Optuna, and by the agent of W&B with conf/sweep.yaml."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
+from src.common.errors import UserError
 from src.data.array_file import save_arrays
+from src.training import fitting
 from tests.helpers.arrays import colour_arrays
 from tests.helpers.commands import Ran, run
 
@@ -30,6 +34,32 @@ def test_a_search_chooses_by_held_out_images(tmp_path: Path, array_file: Path) -
     assert set(found.best_params) == {"method.gamma", "method.beta", "method.temperature"}
     assert 0 <= found.best_value <= 1
     assert len(list(tmp_path.glob("*/*/aekt/*/result.json"))) == 2
+
+
+def test_a_search_goes_on_after_a_trial_that_fails(
+    tmp_path: Path, array_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    calls, original = itertools.count(), fitting.fit
+
+    def fit(cfg: DictConfig, *arguments: Any) -> Any:
+        if cfg.method.name == "aekt" and next(calls) == 0:
+            raise UserError("The loss is NaN.")
+        return original(cfg, *arguments)
+
+    monkeypatch.setattr("src.training.fitting.fit", fit)
+    ran = search(tmp_path, array_file, "data.val_size=40", "hydra.sweeper.n_trials=2")
+    assert ran.code == 1
+    assert ran.err.count("error: The loss is NaN.") == 1
+    assert "error: 1 of 2 jobs failed: " in ran.err
+    assert "best_value" in OmegaConf.load(tmp_path / "optimization_results.yaml")
+
+
+def test_a_search_within_a_time_is_refused(tmp_path: Path, array_file: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ran = search(tmp_path, array_file, "data.val_size=40", "hydra.sweeper.n_trials=1", "trainer.max_time=01:00:00")
+    assert ran.code == 1
+    assert "error: A search cannot use the result of a run that trainer.max_time has paused: leave it out." in ran.err
 
 
 def test_a_search_without_a_trial_is_one_sentence(tmp_path: Path, array_file: Path) -> None:

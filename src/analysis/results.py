@@ -31,6 +31,8 @@ class Finished:
     result: Result
     data: str | None = None
     """Digest of the data. None if run.json does not tell it."""
+    code: str | None = None
+    """Digest of the code that trained the run, likewise."""
 
     @property
     def label(self) -> str:
@@ -59,7 +61,7 @@ class Finished:
     def setting(self) -> str:
         """Everything that decides the result except the seed: runs of one setting are repetitions.
 
-        The data and the teacher are told by their digests. The name and place of their files do not count.
+        The data, the teacher and the code are told by their digests. The name and place of their files do not count.
         """
         settings, teacher = dict(self.result.settings), self.result.teacher
         if teacher:
@@ -68,7 +70,8 @@ class Finished:
             named = {"teacher": _without(network, ("name",))} if network else {}  # a program is named after its file
             settings["model"] = _without(model, ("name",)) | named
         weights = teacher.sha256[:12] if teacher else None
-        return json.dumps({**settings, "teacher_weights": weights, "data_digest": self._short_digest}, sort_keys=True)
+        digests = {"teacher_weights": weights, "data_digest": self._short_digest, "code": (self.code or "")[:7]}
+        return json.dumps({**settings, **digests}, sort_keys=True)
 
     def _teacher_settings(self, teacher: TeacherFacts) -> dict[str, Any]:
         """Return how the teacher computes: options, and in place of some of them the facts that came of them."""
@@ -145,7 +148,9 @@ def _read_run(folder: Path) -> Finished | Unfinished:
         result, record = _read_record(Result, folder, "result.json"), _read_record(RunRecord, folder, "run.json")
         if isinstance(result, Unfinished):
             return result
-        return Finished(folder, result, record.fingerprints.data if isinstance(record, RunRecord) else None)
+        if not isinstance(record, RunRecord):
+            return Finished(folder, result)
+        return Finished(folder, result, record.fingerprints.data, record.fingerprints.code)
     return _unfinished(folder, history)
 
 

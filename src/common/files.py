@@ -18,10 +18,11 @@ from src.common.errors import UserError
 
 LARGEST_ARCHIVE = 64 * 2**30
 """Uncompressed bytes. An archive that claims to hold more is refused before any member is read."""
-LARGE_MEMBER = 2**28
-"""Uncompressed bytes. Smaller members of an archive may have any compression ratio."""
+LARGE_ARCHIVE = 2**28
+"""Uncompressed bytes. Smaller archives may have any compression ratio."""
 LARGEST_RATIO = 200
-"""Maximum compression ratio of a large member. Images and weights never reach it. Only zip bombs exceed it."""
+"""Maximum compression ratio of a large archive, or of a large member. Images and weights never reach it. Only zip
+bombs exceed it."""
 PACKED = (".bin", ".ckpt", ".gz", ".npz", ".pt", ".pth", ".safetensors", ".tar", ".th", ".zip")
 """Suffixes of files that people pack into archives. The members of a checkpoint or of an array file have others."""
 
@@ -115,7 +116,9 @@ def list_members(path: Path, archive: IO[bytes] | None = None) -> list[zipfile.Z
     with zipfile.ZipFile(archive or path) as opened:
         members = opened.infolist()
     claimed = sum(member.file_size for member in members)
-    bomb = any(m.file_size >= LARGE_MEMBER and m.file_size > LARGEST_RATIO * m.compress_size for m in members)
+    sizes = [(claimed, sum(member.compress_size for member in members))]
+    sizes += [(member.file_size, member.compress_size) for member in members]
+    bomb = any(size >= LARGE_ARCHIVE and size > LARGEST_RATIO * packed for size, packed in sizes)
     if claimed > LARGEST_ARCHIVE or bomb:
         raise UserError(f"{path} claims to hold {claimed:,} bytes, which is implausible: get the file again.")
     return members

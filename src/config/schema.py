@@ -256,7 +256,7 @@ class TrainerOptions:
     max_steps: Annotated[int, AfterValidator(_check_max_steps)] = -1
     """A run ends after so many steps if this is before its last epoch. -1: no limit."""
     max_time: Annotated[Any, AfterValidator(duration)] = no_effect(None)
-    """The time that a command may train. The same command then resumes the run."""
+    """The time that a command may train a run. The same command then resumes it."""
     fast_dev_run: Annotated[Any, AfterValidator(_check_fast_dev_run)] = False
     callbacks: Annotated[Any, AfterValidator(_check_callbacks)] = None
     """Callbacks of the main stage, in addition to those of this project."""

@@ -9,6 +9,7 @@ stubs (`src/models/unpickling.py`).
 import contextlib
 import hashlib
 import io
+import logging
 import pickle
 import pickletools
 import zipfile
@@ -24,6 +25,8 @@ from src.common.files import atomic_write, describe_foreign, list_members
 from src.models.network import Network
 from src.models.unpickling import Stub, load_plain, load_with_stubs, refuse_memory_bombs, refused_name
 from src.models.unwrapping import Candidate, find_weights, state_dicts
+
+log = logging.getLogger(__name__)
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that a wrapper puts before every name of a state dict."""
@@ -61,21 +64,25 @@ def _no_weights(path: Path, content: Any, stubs: list[str]) -> UserError:
 def read_facts(path: Path) -> dict[str, Any]:
     """Read the facts that this project's checkpoints hold beside the weights.
 
-    These are the lists `class_names`, `mean` and `std`, `data`, the digest of the data, and `classifies`, which is
-    False for a student that does not predict by its own classifier. Missing and malformed facts are left out. Raises
-    `UserError` if the file is missing or damaged, is a program, or could execute code.
+    These are the lists `class_names`, `mean` and `std`; `image_size` in pixels; `data`, the digest of the data; and
+    `classifies`, which is False for a student that does not predict by its own classifier. Malformed facts are left out
+    with a warning. Raises `UserError` if the file is missing or damaged, is a program, or could execute code.
     """
     content, _ = _read_with_stubs(path)
-    found = content if isinstance(_get(content, "model"), dict) else None
     facts: dict[str, Any] = {}
-    for name, kind, count in (("class_names", str, None), ("mean", float, 3), ("std", float, 3)):
-        values = _get(found, name)
-        fits = isinstance(values, list) and all(isinstance(value, kind) for value in values)
-        if fits and len(values) == (count or len(values)) > 0:
-            facts[name] = values
-    if isinstance(digest := _get(found, "data"), str):
-        facts["data"] = digest
-    if _get(found, "classifies") is False:
+    for name, kinds, count in (("class_names", str, None), ("mean", (int, float), 3), ("std", (int, float), 3)):
+        values = _get(content, name)
+        if not isinstance(values, (list, tuple)):
+            continue
+        if all(isinstance(value, kinds) for value in values) and len(values) == (count or len(values)) > 0:
+            facts[name] = list(values)
+        else:
+            wanted = "names" if kinds is str else "3 numbers"
+            log.warning("%s: %s is ignored, because it is not a list of %s.", path, name, wanted)
+    for name, kind in (("data", str), ("image_size", int)):
+        if isinstance(value := _get(content, name), kind):
+            facts[name] = value
+    if _get(content, "classifies") is False:
         facts["classifies"] = False
     return facts
 

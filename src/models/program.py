@@ -64,6 +64,20 @@ class Program(Network):
         return logits
 
 
+def _refuse_own_export(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raise `UserError` for a file of `src.export`, which normalises its images itself, as a teacher does."""
+    for name in archive.namelist():
+        if (
+            name.endswith("/metadata.json")
+            and b"normalisation" in (content := archive.read(name))
+            and b"inside" in content
+        ):
+            raise UserError(
+                f"{path} was exported by src.export and normalises images itself: give student.pth of its run instead, "
+                "without teacher.allow_program=true."
+            )
+
+
 def load_program(path: Path) -> Program:
     """Load a TorchScript or torch.export classifier, frozen, on the CPU.
 
@@ -76,6 +90,7 @@ def load_program(path: Path) -> Program:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = {name.rsplit("/", 1)[-1] for name in archive.namelist()}
+            _refuse_own_export(path, archive)
         if members & {"archive_format", "serialized_exported_program.json"}:
             program = torch.export.load(io.BytesIO(content)).module()
         elif "constants.pkl" in members:

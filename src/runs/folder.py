@@ -2,8 +2,8 @@
 
 It holds config.yaml (resolved), run.json (versions, fingerprints, teacher), metrics.csv (one row per epoch),
 gradients.csv, checkpoints/last.ckpt, student.pth (the student alone) and, once the run is finished, result.json. With
-keep_best=true, student_best.pth is the student of another epoch. If an error ended the run, failure.txt holds its
-message.
+W&B, wandb_id.txt is a part of the run's id there. With keep_best=true, student_best.pth is the student of another
+epoch. If an error ended the run, failure.txt holds its message.
 """
 
 import shutil

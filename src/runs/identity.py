@@ -86,6 +86,16 @@ def _default(option: Field[Any]) -> Any:
     return option.default if option.default_factory is MISSING else asdict(option.default_factory())
 
 
+def setting_digest(cfg: DictConfig) -> str:
+    """Return a digest of the identity without the seed, which the repetitions of a setting share."""
+    decides = {name: value for name, value in identity(cfg).items() if name != "seed"}
+    return _digest(decides)
+
+
+def _digest(decides: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def run_path(cfg: DictConfig, decides: Mapping[str, Any] | None = None) -> Path:
     """Return `<runs>/<data>/<pair or network>/<method>/<serialization>-seed<seed>-<digest of the identity>`.
 
@@ -93,6 +103,5 @@ def run_path(cfg: DictConfig, decides: Mapping[str, Any] | None = None) -> Path:
     """
     pair = cfg.model.name if needs_teacher(cfg) else cfg.model.student.name
     decides = identity(cfg) if decides is None else decides
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    run = f"{serialization_name(cfg)}-seed{cfg.seed}-{digest}"
+    run = f"{serialization_name(cfg)}-seed{cfg.seed}-{_digest(decides)}"
     return Path(cfg.runs).expanduser().joinpath(cfg.data.name, pair, method_name(cfg), run)

@@ -3,13 +3,16 @@
 import logging
 import os
 import re
+import secrets
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment  # type: ignore[attr-defined]
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import AfterValidator
 
 log = logging.getLogger(__name__)
@@ -93,20 +96,22 @@ def wandb_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]", "-", name)[-LONGEST_NAME:]
 
 
-def wandb_logger(folder: Path, project: Annotated[str, AfterValidator(_check_project)]) -> WandbLogger:
-    """Log to W&B under an id that follows from the run folder, so that a resumed run continues the same charts.
+def wandb_logger(
+    folder: Path, project: Annotated[str, AfterValidator(_check_project)], setting: str = ""
+) -> WandbLogger:
+    """Log to W&B under an id that the run folder holds, so that a resumed run continues the same charts.
 
-    Data, pair, method and serialization together name the group, and each of them is a tag. Metrics are drawn by
-    epoch. The run is online if an API key is found and the server answers, disabled if WANDB_MODE says so, and offline
-    otherwise. One log line says which of the three it is. W&B never prompts.
+    Data, pair, method, serialization and the digest `setting` together name the group. The first four are tags. Metrics
+    are drawn by epoch. The run is online if an API key is found and the server answers, disabled if WANDB_MODE or W&B's
+    own settings say so, and offline otherwise. One log line says which of the three it is. W&B never prompts.
     """
     import wandb  # here, because the other loggers work without it
 
     if wandb.run is not None:  # from an earlier job or the teacher: its charts must not get this run's rows
         wandb.finish()
     wandb.setup(wandb.Settings(silent=True))  # otherwise it warns of an option that Lightning sets in every run
-    arguments = _run_arguments(folder, project)
-    wanted = os.environ.get("WANDB_MODE", "online")
+    arguments = _run_arguments(folder, project, setting)
+    wanted = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode or "online"
     if wanted == "online" and wandb.api.api_key and (logger := _online_logger(arguments)):
         return _by_epoch(logger)
     mode: Literal["disabled", "offline"] = "disabled" if wanted == "disabled" else "offline"
@@ -115,13 +120,13 @@ def wandb_logger(folder: Path, project: Annotated[str, AfterValidator(_check_pro
     logger = WandbLogger(**arguments, offline=mode == "offline", settings=settings)
     if mode == "offline":
         place = shlex.quote(str(folder))
-        log.info("W&B: offline. To upload the run later: wandb sync %s/wandb/offline-run-*", place)
+        rank_zero_only(log.info)("W&B: offline. To upload the run later: wandb sync %s/wandb/offline-run-*", place)
     else:
-        log.info("W&B: disabled, because WANDB_MODE says so.")
+        rank_zero_only(log.info)("W&B: disabled, because WANDB_MODE or `wandb disabled` says so.")
     return _by_epoch(logger)
 
 
-def _run_arguments(folder: Path, project: str) -> dict[str, Any]:
+def _run_arguments(folder: Path, project: str, setting: str) -> dict[str, Any]:
     """Return the logger's arguments that follow from the run folder, within W&B's limits of length."""
     name = "/".join(folder.parts[-4:])
     data, pair, method, last = folder.parts[-4:]
@@ -129,12 +134,23 @@ def _run_arguments(folder: Path, project: str) -> dict[str, Any]:
     return {
         "project": project,
         "name": name,
-        "id": wandb_name(name),
-        "group": f"{data}/{pair}/{method}/{serialization}"[:LONGEST_NAME],
+        "id": wandb_name(f"{name}-{_random_part(folder / 'wandb_id.txt')}"),
+        "group": "-".join(filter(None, [f"{data}/{pair}/{method}/{serialization}", setting]))[-LONGEST_NAME:],
         "tags": [tag[:64] for tag in dict.fromkeys((data, pair, method, serialization))],
         "save_dir": str(folder),
         "resume": "allow",
     }
+
+
+def _random_part(file: Path) -> str:
+    """Return the random end of a run's id. It is drawn when the run begins, and kept in a file.
+
+    Without it, runs of one configuration in two `runs` folders, or before and after start_over=true, would share their
+    charts.
+    """
+    with suppress(FileExistsError), file.open("x", encoding="utf-8") as new:
+        new.write(secrets.token_hex(4))
+    return file.read_text(encoding="utf-8")
 
 
 def _online_logger(arguments: dict[str, Any]) -> WandbLogger | None:
@@ -148,7 +164,7 @@ def _online_logger(arguments: dict[str, Any]) -> WandbLogger | None:
         log.warning("W&B cannot be reached (%s).", next(iter(str(error).splitlines()), type(error).__name__))
         wandb.teardown()  # its service still holds the run's id
         return None
-    log.info("W&B: online, %s", url)
+    rank_zero_only(log.info)("W&B: online, %s", url)
     return logger
 
 

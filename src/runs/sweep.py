@@ -91,6 +91,8 @@ def failures_reported() -> Iterator[None]:
         yield
     finally:
         Plugins.instantiate_launcher = original  # type: ignore[method-assign]
+    if error.failed:  # a search goes on after a failed trial, and does not raise its error
+        raise error
 
 
 def is_pinned(hydra: Any) -> bool:

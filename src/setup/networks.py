@@ -70,6 +70,14 @@ def stated_facts(node: DictConfig, path: Path | None) -> dict[str, Any]:
     return published | (read_facts(path) if path else {})
 
 
+def _library_facts(source: str | None) -> dict[str, Any]:
+    """Return the normalisation of a library's network."""
+    if source is None:
+        return {}
+    found = pretrained(source, download=False)
+    return {"mean": found.mean, "std": found.std}
+
+
 def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
     """Make the student, with fresh weights or with those of `student.path` or `student.source`.
 
@@ -96,9 +104,10 @@ def load_student(cfg: DictConfig, data: ImageData) -> InitialStudent:
     if path is not None:
         file = Path(path).expanduser()
         network = make_network(node, "model.student", data.num_classes)
-        advice = {} if cfg.get("checkpoint") else {"other_classes": OTHER_CLASSES}  # there, it is the trained student
+        is_trained = bool(cfg.get("checkpoint"))  # and otherwise initial weights
+        advice = {} if is_trained else {"other_classes": OTHER_CLASSES}
         load_weights(network, file, new_head=new_head, **advice)
-        facts = stated_facts(node, file)
+        facts = (_library_facts(source) if is_trained else {}) | stated_facts(node, file)
         return InitialStudent(network, facts.get("mean", data.mean), facts.get("std", data.std))
     if source is not None and not fresh:
         found = pretrained(source, data.num_classes)

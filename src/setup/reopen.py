@@ -66,6 +66,8 @@ def open_run_or_checkpoint(cfg: DictConfig) -> Opened:
         refuse_without_classifier(file, facts, "give the run with run=FOLDER instead")
         opened = _open_untrained(prepare(merged), None)
         _check_class_names(f"checkpoint={cfg.checkpoint}", facts.get("class_names"), opened.data)
+        if facts.get("data") not in (None, opened.data.source.digest, opened.data.labelled_digest):
+            log.warning("%s was trained on other data, or at another image size, than is read now.", file)
         return opened
     folder = Path(cfg.run).expanduser()
     run_cfg = read_config(folder, cfg.data.root, cfg.data.get("path"))

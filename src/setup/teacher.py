@@ -17,7 +17,13 @@ from src.config.names import class_name
 from src.data.image_data import ImageData
 from src.data.limits import evaluation_batches, scored_batches
 from src.methods.method import Method
-from src.models.checkpoints import load_weights, read_facts, refuse_without_classifier
+from src.models.checkpoints import (
+    classifier_names,
+    load_weights,
+    read_facts,
+    read_state_dict,
+    refuse_without_classifier,
+)
 from src.models.network import Network
 from src.models.program import load_program
 from src.models.sources import pretrained
@@ -103,15 +109,34 @@ def load_teacher(cfg: DictConfig, data: ImageData, path: Path | None) -> Teacher
     if cfg.teacher.source in (None, "mdistiller"):
         node = cfg.model.teacher
         facts = stated_facts(node, path)
+        if facts.get("image_size") == data.image_shape[1]:
+            del facts["image_size"]  # the images have that size
         network = make_network(node, "model.teacher", len(facts.get("class_names", data.class_names)))
+    elif path is None:
+        found = pretrained(cfg.teacher.source)
+        network, facts = found.network, found._asdict()
     else:
-        found = pretrained(cfg.teacher.source, download=path is None)
-        network, facts = found.network, found._asdict() | (read_facts(path) if path else {})
+        network, facts = _library_network_of(path, cfg.teacher.source, len(data.class_names))
     if path is not None:
         _check_stated_data(cfg, data, path, facts.get("data"))
         refuse_without_classifier(path, facts, "give another file")
         load_weights(network, path)
     return make_teacher(cfg, data, network, {**facts, "class_map": class_map})
+
+
+def _library_network_of(path: Path, source: str, num_classes: int) -> tuple[Network, dict[str, Any]]:
+    """Make a library's network for a file's weights, and collect its facts. Those of the file come first.
+
+    The file may be fine-tuned: it has as many classes as it names, or `num_classes` if that many rows are in its
+    classifier. Otherwise it has the library's.
+    """
+    stated = read_facts(path)
+    found = pretrained(source, download=False)
+    head = read_state_dict(path).get(classifier_names(found.network)[0])
+    rows = len(stated.get("class_names", ())) or (num_classes if head is not None and len(head) == num_classes else 0)
+    if rows and rows != found.network.classifier_layer.out_features:
+        found = pretrained(source, rows, download=False)._replace(class_names=None)
+    return found.network, found._asdict() | stated
 
 
 def _check_stated_data(cfg: DictConfig, data: ImageData, path: Path, stated: str | None) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from src.common.errors import UserError
-from src.config.instantiate import bind, instantiate, report_misfit
+from src.config.instantiate import bind, find_target, instantiate, options_of, report_misfit
 from src.config.names import class_name
 from src.data.image_data import ImageData
 from src.methods.method import Method
@@ -29,6 +29,7 @@ from src.runs.checkpointing import (
     read_checkpoint,
 )
 from src.runs.history import History
+from src.runs.identity import setting_digest
 from src.runs.loggers import ForgivingLogger, describe_failure
 from src.runs.result import START_OVER
 from src.runs.time_budget import OutOfTime, TimeBudget
@@ -118,7 +119,11 @@ def make_logger(cfg: DictConfig, folder: Path) -> Any:
     if not cfg.logger or class_name(cfg.logger) != "wandb_logger":
         log.info("W&B: off.")
     try:
-        return instantiate(cfg.logger, "logger", folder=folder) if cfg.logger else False
+        if not cfg.logger:
+            return False
+        takes = options_of(find_target(cfg.logger, "logger")) or ()
+        setting = {"setting": setting_digest(cfg)} if "setting" in takes else {}
+        return instantiate(cfg.logger, "logger", folder=folder, **setting)
     except UserError:
         raise
     except Exception as error:  # a logger may raise anything, and training must not end because of it

@@ -209,6 +209,21 @@ def test_the_settings_of_a_foreign_run_may_hold_anything(tmp_path: Path, setting
     assert list(group(find_runs(tmp_path)[0])) == ["resnet8 by kd"]
 
 
+def test_runs_of_other_code_are_neither_copies_nor_repetitions(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    for seed in (0, 1):
+        folder = write_run(tmp_path / "b", seed=seed)
+        record = json.loads((folder / "run.json").read_text())
+        record["fingerprints"]["code"] = "0ther"
+        (folder / "run.json").write_text(json.dumps(record))
+    runs, others = find_runs(tmp_path)
+    assert others == []
+    assert {name: len(each) for name, each in group(runs).items()} == {
+        "resnet8 by kd (code=0ther)": 2,
+        "resnet8 by kd (code=c0de)": 1,
+    }
+
+
 def test_runs_on_other_data_of_the_same_name_are_in_another_table(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     folder = write_run(tmp_path / "b")

@@ -195,13 +195,15 @@ def test_a_large_member_that_is_compressed_too_well_is_refused(tmp_path: Path, m
     bomb, honest = archive(tmp_path / "bomb.npz", images=zeros), archive(tmp_path / "honest.npz", images=noise)
     (member,) = list_members(bomb)
     ratio = member.file_size / member.compress_size
-    monkeypatch.setattr(files, "LARGE_MEMBER", 10_000)
+    monkeypatch.setattr(files, "LARGE_ARCHIVE", 10_000)
     monkeypatch.setattr(files, "LARGEST_RATIO", ratio / 2)
     assert len(list_members(honest)) == 1
     with pytest.raises(UserError, match="implausible"):
         list_members(bomb)
-    monkeypatch.setattr(files, "LARGE_MEMBER", 10_001)
-    assert len(list_members(bomb)) == 1, "a small member may have any ratio"
+    monkeypatch.setattr(files, "LARGE_ARCHIVE", 10_001)
+    assert len(list_members(bomb)) == 1, "a small archive may have any ratio"
+    with pytest.raises(UserError, match="implausible"):
+        list_members(archive(tmp_path / "many.npz", images=zeros, more=zeros))
 
 
 # Files that several processes make

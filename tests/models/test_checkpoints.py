@@ -391,7 +391,7 @@ def test_saved_weights_load_with_plain_torch_and_give_the_same_logits(make: Call
     [
         ({"class_names": ["a", "b"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}, {"class_names", "mean", "std"}),
         ({"class_names": ["a"], "epoch": 3, "accuracy": 0.5}, {"class_names"}),
-        ({"class_names": [], "mean": [0.5], "std": [1, 1, 1]}, set()),
+        ({"class_names": [], "mean": [0.5], "std": [1, 1, 1], "image_size": 64}, {"std", "image_size"}),
         ({"class_names": ["a", 2], "mean": "abc", "std": None}, set()),
         ({}, set()),
     ],
@@ -401,7 +401,14 @@ def test_only_well_formed_facts_are_read(written: dict[str, Any], expected: set[
     assert read_facts(file) == {name: value for name, value in written.items() if name in expected}
 
 
-@pytest.mark.parametrize("content", [{"conv.weight": torch.ones(2), "mean": [0.5, 0.5, 0.5]}, [1, 2], 3])
+def test_facts_stand_beside_weights_at_any_key(file: Path, caplog: pytest.LogCaptureFixture):
+    written = {"state_dict": {"fc.weight": torch.ones(2)}, "mean": (0.5, 0.4, 0.3), "std": [0.2], "class_names": ["a"]}
+    torch.save(written, file)
+    assert read_facts(file) == {"mean": [0.5, 0.4, 0.3], "class_names": ["a"]}
+    assert caplog.messages == [f"{file}: std is ignored, because it is not a list of 3 numbers."]
+
+
+@pytest.mark.parametrize("content", [{"conv.weight": torch.ones(2), "mean": torch.ones(3)}, [1, 2], 3])
 def test_files_of_other_tools_state_no_facts(content: Any, file: Path):
     torch.save(content, file)
     assert read_facts(file) == {}

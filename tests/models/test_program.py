@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import UserError
+from src.exporting.forms import Form, write_form
 from src.models.checkpoints import load_weights, weights_digest
 from src.models.network import measure_shapes
 from src.models.program import load_program
+from tests.helpers.exports import random_classifier
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
@@ -132,6 +134,18 @@ def test_damaged_files_are_refused(form: str, network: nn.Module, tmp_path: Path
         with pytest.raises(UserError, match=f"{file.name} is damaged or not a program") as error:
             load_program(file)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.pt", "torchscript"), ("a.pt2", "exported_program")])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TorchScript is deprecated
+def test_an_export_of_this_project_is_refused(name: str, form: str, tmp_path: Path):
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    metadata = {"normalisation": "inside"}
+    write_form(random_classifier(), tmp_path / name, Form(form, "float32"), images, metadata)
+    with pytest.raises(
+        UserError, match=rf"{name} was exported by src\.export and normalises images itself: give student"
+    ):
+        load_program(tmp_path / name)
 
 
 def test_other_files_are_refused(network: nn.Module, tmp_path: Path):

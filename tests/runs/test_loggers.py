@@ -77,10 +77,11 @@ def test_wandb_without_a_key_logs_offline_and_never_prompts(
 ) -> None:
     if mode:
         nobody.setenv("WANDB_MODE", mode)
-    logger = wandb_logger(folder, "aekt")
+    logger = wandb_logger(folder, "aekt", setting="4567cdef")
     logger.log_metrics({"train/loss": 1.5}, step=0)
-    assert logger.experiment.id == "cifar10-resnet20_to_resnet8-kd-none-seed0-0123abcd"
-    assert logger.experiment.group == "cifar10/resnet20_to_resnet8/kd/none"
+    name, _, random = str(logger.experiment.id).rpartition("-")
+    assert (name, len(random)) == ("cifar10-resnet20_to_resnet8-kd-none-seed0-0123abcd", 8)
+    assert logger.experiment.group == "cifar10/resnet20_to_resnet8/kd/none-4567cdef"
     assert set(logger.experiment.tags or ()) == {"cifar10", "resnet20_to_resnet8", "kd", "none"}
     finish()
     (written,) = offline_runs(folder)
@@ -97,7 +98,29 @@ def test_disabled_wandb_writes_nothing(nobody: pytest.MonkeyPatch, folder: Path,
     finish()
     assert offline_runs(folder) == []
     assert os.environ["WANDB_MODE"] == "disabled"
-    assert lines() == ["W&B: disabled, because WANDB_MODE says so."]
+    assert lines() == ["W&B: disabled, because WANDB_MODE or `wandb disabled` says so."]
+
+
+def test_a_resumed_run_has_its_id_and_a_new_one_another(nobody: pytest.MonkeyPatch, folder: Path) -> None:
+    nobody.setenv("WANDB_API_KEY", "0" * 40)
+    server, ids = Server(), []
+    nobody.setattr(loggers, "WandbLogger", server)
+    for is_new in (True, False, True):
+        if is_new:
+            (folder / "wandb_id.txt").unlink(missing_ok=True)
+        wandb_logger(folder, "aekt")
+        ids.append(server.arguments["id"])
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_wandbs_own_settings_count(nobody: pytest.MonkeyPatch, folder: Path, lines: Lines, mode: str) -> None:
+    nobody.setenv("WANDB_API_KEY", "0" * 40)
+    nobody.setattr(wandb.setup().settings, "mode", mode)
+    wandb_logger(folder, "aekt")
+    finish()
+    (line,) = lines()
+    assert line.startswith(f"W&B: {mode}")
 
 
 class Server:
@@ -149,8 +172,11 @@ def test_names_are_cut_to_the_lengths_that_wandb_takes(nobody: pytest.MonkeyPatc
     nobody.setenv("WANDB_API_KEY", "0" * 40)
     server = Server()
     nobody.setattr(loggers, "WandbLogger", server)
-    wandb_logger(tmp_path / ("d" * 100) / "pair" / ("m" * 100) / "serial-seed3-0123abcd", "aekt")
+    long = tmp_path / ("d" * 100) / "pair" / ("m" * 100) / "serial-seed3-0123abcd"
+    long.mkdir(parents=True)
+    wandb_logger(long, "aekt", setting="4567cdef")
     assert len(server.arguments["group"]) == 128
+    assert server.arguments["group"].endswith("/serial-4567cdef")
     assert server.arguments["tags"] == ["d" * 64, "pair", "m" * 64, "serial"]
 
 
@@ -199,7 +225,7 @@ def test_wandb_accepts_data_of_any_name(nobody: pytest.MonkeyPatch, tmp_path: Pa
     logger.log_metrics({"train/loss": 1.5}, step=0)
     name = str(logger.experiment.id)
     assert re.fullmatch(r"[A-Za-z0-9_.+-]{1,128}", name)
-    assert name.endswith("-resnet20_to_resnet8-kd-none-seed0-0123abcd")
+    assert name.rpartition("-")[0].endswith("-resnet20_to_resnet8-kd-none-seed0-0123abcd")
     finish()
     assert len(offline_runs(folder)) == 1
 

@@ -14,6 +14,7 @@ from src.common.errors import UserError
 from src.data.array_file import save_arrays
 from src.models.checkpoints import read_state_dict, save_weights
 from src.models.resnet import resnet8, resnet14
+from src.models.sources import pretrained
 from src.setup.reopen import (
     blank_teacher,
     find_targets,
@@ -255,6 +256,18 @@ def test_a_checkpoint_of_other_classes_is_refused(
         return
     with pytest.raises(UserError, match=rf"^checkpoint=.*a\.pth was trained on other classes.*{message}"):
         open_run_or_checkpoint(cfg)
+
+
+def test_a_checkpoint_of_a_library_has_its_normalisation_and_other_data_are_named(
+    finished: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = pretrained("torchvision/resnet18", 10, download=False).network
+    save_weights(network, tmp_path / "a.pth", data="other")
+    composed = configure("data=cifar10", "student.source=torchvision/resnet18", command="evaluate")
+    cfg = changed(composed, checkpoint=str(tmp_path / "a.pth"), data__path=str(finished.data))
+    opened = open_run_or_checkpoint(cfg)
+    assert opened.distiller.settings.mean == (0.485, 0.456, 0.406)
+    assert caplog.messages[-1].endswith("a.pth was trained on other data, or at another image size, than is read now.")
 
 
 def test_a_run_is_opened_on_data_of_its_classes(aekt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -109,6 +109,24 @@ def test_the_architecture_of_a_library_with_the_weights_of_a_file(tmp_path: Path
     assert teacher.logits(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape == (1, 2)
 
 
+@pytest.mark.parametrize("names", [None, ["cat", "dog"]])
+def test_a_fine_tuned_network_of_a_library(tmp_path: Path, names: list[str] | None) -> None:
+    torch.manual_seed(0)
+    network = resnet18(num_classes=2)
+    save_weights(network, tmp_path / "a.pth", class_names=names)
+    cfg = options(source="torchvision/resnet18", path=str(tmp_path / "a.pth"))
+    teacher = load_teacher(cfg, DATA, tmp_path / "a.pth")
+    assert same(weights(teacher.network), weights(network))
+    assert teacher.shapes((3, 16, 16)).logits == 2
+    assert teacher.class_index is None
+
+
+def test_a_teacher_has_the_image_size_of_its_file(tmp_path: Path) -> None:
+    for size, expected in ((64, 64), (16, None)):
+        file = saved(tmp_path / f"{size}.pth", image_size=size)
+        assert load_teacher(options(), DATA, file).image_size == expected
+
+
 class Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
