@@ -66,16 +66,12 @@ class Program(Network):
 
 def _refuse_own_export(path: Path, archive: zipfile.ZipFile) -> None:
     """Raise `UserError` for a file of `src.export`, which normalises its images itself, as a teacher does."""
-    for name in archive.namelist():
-        if (
-            name.endswith("/metadata.json")
-            and b"normalisation" in (content := archive.read(name))
-            and b"inside" in content
-        ):
-            raise UserError(
-                f"{path} was exported by src.export and normalises images itself: give student.pth of its run instead, "
-                "without teacher.allow_program=true."
-            )
+    found = [archive.read(name) for name in archive.namelist() if name.endswith("/metadata.json")]
+    if any(b"normalisation" in content and b"inside" in content for content in found):
+        raise UserError(
+            f"{path} was exported by src.export and normalises images itself: give student.pth of its run instead, "
+            "without teacher.allow_program=true."
+        )
 
 
 def load_program(path: Path) -> Program:
