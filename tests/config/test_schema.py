@@ -77,7 +77,7 @@ def test_marks_name_the_options_that_were_declared_with_them() -> None:
     assert marked(TeacherOptions, "no_effect") == [
         "allow_program", "store", "train_if_missing", "view_store", "view_store_gigabytes",
     ]  # fmt: skip
-    assert marked(NetworkOptions, "no_effect") == ["published_accuracy"]
+    assert marked(NetworkOptions, "no_effect") == ["published_accuracy", "family"]
     assert marked(MethodOptions, "no_effect") == ["year", "uses", "settings", "pairs", "standardized"]
     assert marked(StudentOptions, "no_effect") == marked(TrainerOptions, "student_only") == []
 
