@@ -257,16 +257,17 @@ def save(
 def save_best(student: Network, folder: RunFolder, trainer: Trainer, facts: Mapping[str, Any]) -> None:
     """Write the student of the best epoch, if the run has kept it."""
     for best in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(best, BestStudent):
-            if not best.weights and (checkpoint := read_checkpoint(folder.path)):  # forked processes have trained
-                best.load_state_dict(checkpoint["callbacks"][best.state_key])
-            network = copy.deepcopy(student)
-            network.load_state_dict(best.weights)
-            save_weights(network, folder.path / FILE, **facts, epoch=best.epoch, val_accuracy=best.accuracy)
-            accuracy, epoch = 100 * best.accuracy, best.epoch + 1
-            log.info(
-                "%s: the student after epoch %d, chosen by its validation accuracy of %.2f %%.", FILE, epoch, accuracy
-            )
+        if not isinstance(best, BestStudent):
+            continue
+        if not best.weights and (checkpoint := read_checkpoint(folder.path)):  # forked processes have trained
+            best.load_state_dict(checkpoint["callbacks"][best.state_key])
+        if not best.weights:  # no epoch was scored
+            continue
+        network = copy.deepcopy(student)
+        network.load_state_dict(best.weights)
+        save_weights(network, folder.path / FILE, **facts, epoch=best.epoch, val_accuracy=best.accuracy)
+        accuracy, epoch = 100 * best.accuracy, best.epoch + 1
+        log.info("%s: the student after epoch %d, chosen by its validation accuracy of %.2f %%.", FILE, epoch, accuracy)
 
 
 def check_search(cfg: DictConfig, data: ImageData) -> None:

@@ -80,6 +80,12 @@ def test_a_run_writes_both_students(tmp_path: Path) -> None:
     assert (file.parent / "student.pth").is_file()
 
 
+def test_without_a_scored_epoch_there_is_no_best_student(tmp_path: Path) -> None:
+    ran = commands.run("train", *options(tmp_path, "data.val_size=12", "trainer.check_val_every_n_epoch=10"))
+    assert ran.code == 0, ran.err
+    assert not list(tmp_path.rglob(FILE))
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
