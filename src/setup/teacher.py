@@ -165,6 +165,8 @@ def make_teacher(cfg: DictConfig, data: ImageData, network: Network, facts: Mapp
     )
     if cfg.teacher.fold:
         teacher.fold(data.image_shape)
+        if not teacher.folded:
+            log.warning("teacher.fold=true changes nothing: this teacher has no batch norm that could be folded.")
     if cfg.teacher.winograd:
         teacher.use_winograd()
     if cfg.compile:

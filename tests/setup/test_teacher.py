@@ -127,6 +127,19 @@ def test_a_teacher_has_the_image_size_of_its_file(tmp_path: Path) -> None:
         assert load_teacher(options(), DATA, file).image_size == expected
 
 
+def test_a_teacher_in_which_nothing_is_folded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = saved(tmp_path / "a.pth")
+    load_teacher(options(fold=True), DATA, file)
+    assert not caplog.messages
+    monkeypatch.setattr("src.teachers.teacher.fold_batch_norms", lambda *_: 0)
+    load_teacher(options(fold=True), DATA, file)
+    assert caplog.messages == [
+        "teacher.fold=true changes nothing: this teacher has no batch norm that could be folded."
+    ]
+
+
 class Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
