@@ -240,7 +240,7 @@ def save(
         _, height, width = data.image_shape
         if height == width:
             facts["image_size"] = height
-        if distiller.method.predictor(distiller.student) is not distiller.student:
+        if not distiller.predicts_alone:
             facts["classifies"] = False
         save_weights(distiller.student, folder.student_file, **facts)
         save_best(distiller.student, folder, trainer, facts)

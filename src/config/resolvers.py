@@ -32,7 +32,7 @@ def stem(path: str | None, default: str) -> str:
 def of_pair(constant: str, default: Any, *, _parent_: Any, _root_: Any) -> Any:
     """Look up a method's constant for the configured pair in the method's table `pairs`, with a default.
 
-    The pairs of a student with a `family` begin with it. Thereby CIFAR's ResNets differ from ImageNet's of their name.
+    The pairs of a student with a `family` begin with it. This tells CIFAR's ResNets from ImageNet's of that name.
     With `standardize_logits=true`, the method's table `standardized` takes precedence. A pair without a row of its own
     in that table gets its row `default`.
     """

@@ -79,7 +79,7 @@ class HubStudent(NamedTuple):
 
 def refuse_unfit(distiller: Distiller) -> None:
     """Raise `UserError` if the student does not predict alone, or if a package is missing."""
-    if distiller.method.predictor(distiller.student) is not distiller.student:
+    if not distiller.predicts_alone:
         raise UserError(
             "format=hub holds the student alone, but this method's student predicts through parts of the method: use "
             "format=onnx."

@@ -41,7 +41,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
         teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
         distiller = make_distiller(cfg, data, copy.deepcopy(parts), teacher)
         _check_monitors(cfg, distiller)
-        if cfg.keep_best and distiller.method.predictor(distiller.student) is not distiller.student:
+        if cfg.keep_best and not distiller.predicts_alone:
             raise UserError(
                 f"keep_best=true keeps the student alone, but method={method_name(cfg)} predicts through parts of the "
                 "method too: leave it out."

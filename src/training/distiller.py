@@ -207,6 +207,11 @@ class Distiller(L.LightningModule):
             self.teacher.check_unchanged()
             self.teacher.finish_writing()
 
+    @property
+    def predicts_alone(self) -> bool:
+        """Whether the student predicts without parts of the method."""
+        return self.method.predictor(self.student) is self.student
+
     def predict_logits(self, images: Tensor) -> Tensor:
         """Compute logits [B, C] of uint8 images [B, 3, H, W] as at inference, without the serialization layer."""
         logits: Tensor = self.method.predictor(self.student)(self._normalised(images))

@@ -101,7 +101,7 @@ def test_disabled_wandb_writes_nothing(nobody: pytest.MonkeyPatch, folder: Path,
     assert lines() == ["W&B: disabled, because WANDB_MODE or `wandb disabled` says so."]
 
 
-def test_a_resumed_run_has_its_id_and_a_new_one_another(nobody: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_resumed_run_keeps_its_id_and_a_new_run_gets_another(nobody: pytest.MonkeyPatch, folder: Path) -> None:
     nobody.setenv("WANDB_API_KEY", "0" * 40)
     server, ids = Server(), []
     nobody.setattr(loggers, "WandbLogger", server)
@@ -114,7 +114,9 @@ def test_a_resumed_run_has_its_id_and_a_new_one_another(nobody: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandbs_own_settings_count(nobody: pytest.MonkeyPatch, folder: Path, lines: Lines, mode: str) -> None:
+def test_a_mode_that_wandb_has_stored_is_obeyed(
+    nobody: pytest.MonkeyPatch, folder: Path, lines: Lines, mode: str
+) -> None:
     nobody.setenv("WANDB_API_KEY", "0" * 40)
     nobody.setattr(wandb.setup().settings, "mode", mode)
     wandb_logger(folder, "aekt")
