@@ -157,8 +157,10 @@ class Distiller(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
     def on_train_batch_start(self, batch: Samples, batch_idx: int) -> None:
-        """Seed torch by the step, so that a resumed run draws the same random numbers."""
-        torch.manual_seed((self.settings.seed * 1_000_003 + self.global_step) % 2**63)
+        """Seed torch by the batch, so that a resumed run draws the same random numbers."""
+        accumulated = self.trainer.accumulate_grad_batches
+        number = self.global_step * accumulated + batch_idx % accumulated
+        torch.manual_seed((self.settings.seed * 1_000_003 + number) % 2**63)
 
     def observe(self, samples: Samples) -> tuple[Batch, DistillationLogits]:
         """Run both networks on the views of a training batch."""

@@ -110,8 +110,9 @@ class GradientAnatomy(Callback):
         self.rows = list(state_dict["rows"])
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Measure the terms while their graph exists."""
-        if trainer.global_step % self.every or not trainer.is_global_zero:
+        """Measure the terms while their graph exists. Of an accumulated step, only the first batch is measured."""
+        accumulated = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches
+        if trainer.global_step % self.every or accumulated or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Distiller)
         assert pl_module.last_batch is not None

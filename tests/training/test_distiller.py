@@ -215,6 +215,12 @@ def test_random_numbers_of_a_method_follow_from_seed_and_step(data: ArrayData) -
     assert len({*first, *other_seed}) == 12
 
 
+def test_each_batch_of_an_accumulated_step_draws_its_own_random_numbers(data: ArrayData) -> None:
+    method = Draws()
+    trained(data, tiny_distiller(data, method), limit_val_batches=0, accumulate_grad_batches=2)
+    assert len(set(method.numbers)) == 6
+
+
 def test_a_large_seed_does_not_overflow(data: ArrayData) -> None:
     trained(data, tiny_distiller(data, Vanilla(), seed=2**62), limit_val_batches=0)
 

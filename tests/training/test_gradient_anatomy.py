@@ -141,6 +141,13 @@ def test_the_logger_gets_every_measurement(tmp_path: Path) -> None:
     ]
 
 
+def test_an_accumulated_step_is_measured_once(tmp_path: Path) -> None:
+    data, measuring = tiny_data(tmp_path), GradientAnatomy(tmp_path, every=1, temperature=1.0)
+    trainer = tiny_trainer(1, callbacks=[measuring], accumulate_grad_batches=2, limit_val_batches=0)
+    trainer.fit(tiny_distiller(data, Vanilla()), datamodule=data)
+    assert [row["step"] for row in measuring.rows] == list(range(trainer.global_step))
+
+
 def test_a_resumed_run_writes_the_same_rows(tmp_path: Path) -> None:
     def train(folder: Path, epochs: int, resumed: Path | None = None) -> bytes:
         data = tiny_data(tmp_path)
