@@ -22,7 +22,7 @@ from src.config.names import method_name, needs_teacher
 from src.config.schema import TrainOptions, marked
 from src.config.validation import check_training
 from src.data.image_data import ImageData
-from src.data.limits import check_keep_best, check_limits, final_batches, validated_batches
+from src.data.limits import check_choice, check_limits, final_batches
 from src.methods.method import Method
 from src.models.checkpoints import save_weights
 from src.models.network import Network
@@ -67,7 +67,8 @@ def train(cfg: DictConfig, wait: bool = False, budget: TimeBudget | None = None)
     method = make_method(cfg)
     data = make_data_for(cfg, method)
     check_search(cfg, data)
-    check_keep_best(cfg, data)
+    if cfg.keep_best:
+        check_choice(cfg, data, "keep_best=true")
     check_training_images(cfg, data, method)
     parts = make_parts(cfg, data, method, for_training=True)
     # Reports a missing device early. It also measures the teacher, and knows whether this process is rank zero.
@@ -276,12 +277,7 @@ def check_search(cfg: DictConfig, data: ImageData) -> None:
     searches = job_cfg and job_cfg.mode is RunMode.MULTIRUN and not job_cfg.sweeper._target_.endswith(".BasicSweeper")
     if not searches and not os.environ.get("WANDB_SWEEP_ID"):
         return
-    if data.validates_on == "test":
-        raise UserError(
-            "A search with data.val_size=0 would choose by test images: hold out training images with data.val_size=N."
-        )
-    if not validated_batches(cfg, data):
-        raise UserError("A search needs validation images: leave trainer.limit_val_batches=0 out.")
+    check_choice(cfg, data, "A search")
     if searches and cfg.trainer.get("max_time"):
         raise UserError(
             "A search cannot use the result of a run that trainer.max_time has paused: leave it out. If the search is "

@@ -73,7 +73,7 @@ def test_a_search_by_test_images_is_refused(tmp_path: Path, array_file: Path, mo
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     ran = search(tmp_path, array_file, "data.val_size=0", "hydra.sweeper.n_trials=2")
     assert ran.code == 1
-    assert "would choose by test images: hold out training images with data.val_size=N" in ran.err
+    assert "would choose by test images: hold training images out with data.val_size=N" in ran.err
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     ran = run("train", "data=cifar10", f"data.path={array_file}", f"runs={tmp_path}", "method=vanilla", "logger=none")
     assert (ran.code, ran.err.count("\n")) == (1, 1)

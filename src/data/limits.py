@@ -38,14 +38,12 @@ def scored_batches(cfg: DictConfig, data: ImageData, split: str) -> int:
     return max(validated, final_batches(cfg, data) if split == "test" else 0)
 
 
-def check_keep_best(cfg: DictConfig, data: ImageData) -> None:
-    """Raise `UserError` if `keep_best=true` would choose by test images, or has no images to choose by."""
-    if not cfg.keep_best:
-        return
+def check_choice(cfg: DictConfig, data: ImageData, chooser: str) -> None:
+    """Raise `UserError` if `chooser`, the subject of its sentence, would choose by test images or by no images."""
     if data.validates_on == "test":
-        raise UserError("keep_best=true would choose by test images: hold training images out with data.val_size=N.")
+        raise UserError(f"{chooser} would choose by test images: hold training images out with data.val_size=N.")
     if not validated_batches(cfg, data):
-        raise UserError("keep_best=true needs validation images: leave trainer.limit_val_batches=0 out.")
+        raise UserError(f"{chooser} needs validation images: leave trainer.limit_val_batches=0 out.")
 
 
 def check_limits(cfg: DictConfig, data: ImageData, world_size: int = 1) -> None:
