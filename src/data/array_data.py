@@ -66,7 +66,7 @@ class ArrayData(ImageData):
     flipped are made on the training device. Other views are made when the images are read, and a policy needs the CPU.
 
     With `device_memory`, the images lie in the memory of the training device, so that no batch has to be copied there.
-    "auto" means on a GPU on which they take at most half of the free memory. The views are the same in any case.
+    "auto" means on a GPU on which they take at most a third of the free memory. The views are the same in any case.
     """
 
     def __init__(
