@@ -44,6 +44,15 @@ def of_pair(constant: str, default: Any, *, _parent_: Any, _root_: Any) -> Any:
     return found[constant]
 
 
+def number(value: Any, default: float) -> float:
+    """Return `value` if it is a number, else `default`.
+
+    >>> number(4, 1.0), number([2.0, 4.0], 1.0), number(None, 1.0)
+    (4.0, 1.0, 1.0)
+    """
+    return float(value) if isinstance(value, (int, float)) else default
+
+
 def processors() -> int:
     """Count the processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,5 +68,5 @@ def gpus() -> int:
     return max(1, len(visible_gpus()))
 
 
-for resolver in (scaled, stem, of_pair, processors, terminal, gpus):
+for resolver in (scaled, stem, of_pair, number, processors, terminal, gpus):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

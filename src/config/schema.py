@@ -314,7 +314,7 @@ class GradientOptions:
     """The interval of the rows in `gradients.csv`, and their temperature (`src/training/gradient_anatomy.py`)."""
 
     every: NonNegativeInt = 100
-    temperature: float = "${oc.select:method.temperature,1.0}"  # type: ignore[assignment]
+    temperature: float = "${number:${oc.select:method.temperature,null},1.0}"  # type: ignore[assignment]
 
 
 @dataclass

@@ -264,11 +264,11 @@ class Method(nn.Module):
 
     def weights(self, epoch: int) -> Mapping[str, float]:
         """Return the weight of each term in this epoch (from 0). Warm-ups live here and nowhere else."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no weights()")
 
     def terms(self, batch: Batch) -> Mapping[str, Tensor]:
         """Return the loss terms by name, as unweighted scalars."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no terms()")
 
     def all_terms(self, batch: Batch, logits: DistillationLogits) -> Mapping[str, Tensor]:
         """Compute all terms. The training loop calls this method. A subclass defines `terms` instead."""
@@ -307,7 +307,7 @@ class LogitMethod(Method):
 
     def distillation(self, logits: DistillationLogits, batch: Batch) -> Mapping[str, Tensor]:
         """Return the distillation terms by name, as unweighted scalars, from the logits [B, C] of both networks."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no distillation()")
 
     def all_terms(self, batch: Batch, logits: DistillationLogits) -> Mapping[str, Tensor]:
         """Compute cross-entropy on the student's own logits, and the distillation terms."""

@@ -1,6 +1,6 @@
 """The interface of every network: logits, features of its stages, and its classifier layer."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Network(nn.Module):
 
     def forward_features(self, images: Tensor) -> Output:
         """Compute logits, stage features and pooled features in one forward pass."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no forward_features()")
 
     @staticmethod
     def pool(unpooled: Tensor) -> Tensor:
@@ -43,14 +43,23 @@ class Network(nn.Module):
 
     @property
     def classifier_layer(self) -> nn.Linear:
-        """The last layer, from pooled features to logits. Raises `UserError` if `classifier_name` names no layer."""
+        """The last layer, from pooled features to logits.
+
+        Raises `UserError` if `classifier_name` names no layer, or one of another kind.
+        """
         try:
-            return cast(nn.Linear, self.get_submodule(self.classifier_name))
+            layer = self.get_submodule(self.classifier_name)
         except AttributeError as error:  # nn.Module would report that there is no attribute `classifier_layer`
             raise UserError(
                 f"{type(self).__name__} has no layer {self.classifier_name!r}: set its class attribute classifier_name "
                 "to the name of its last layer."
             ) from error
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"The layer {self.classifier_name!r} of {type(self).__name__} is a {type(layer).__name__}: the last "
+                "layer must be an nn.Linear."
+            )
+        return layer
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [B, C] of normalised images [B, 3, H, W]."""

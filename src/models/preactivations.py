@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -33,6 +34,10 @@ def forward_features(network: Network, images: Tensor, preactivations: bool) -> 
     return output._replace(preactivations=tuple(recorder.preactivation(features) for features in output.features))
 
 
+RELUS = (F.relu, torch.relu, Tensor.relu)
+IN_PLACE_RELUS = (torch.relu_, Tensor.relu_)
+
+
 class _Recorder(TorchFunctionMode):
     """Records the input of each ReLU by its output, and the output of each batch norm by its input."""
 
@@ -45,9 +50,14 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is F.relu:
+        if function in RELUS:
             output = F.relu(args[0])  # never in place, which would overwrite the recorded input
             self.before_relu[output] = args[0]
+            return output
+        if function in IN_PLACE_RELUS:
+            before = args[0].clone()
+            output = function(*args, **(kwargs or {}))
+            self.before_relu[output] = before
             return output
         output = function(*args, **(kwargs or {}))
         if function is F.batch_norm:

@@ -3,25 +3,27 @@
 import copy
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.common.errors import UserError
 from src.config.names import method_name, needs_teacher, teacher_is_program
 from src.data.image_data import ImageData, Samples
-from src.methods.method import weighted
+from src.methods.method import LogitMethod, weighted
+from src.models.network import Network, Output
 from src.setup.assemble import Parts, make_distiller
 from src.setup.teacher import find_teacher, load_teacher, make_untrained_teacher
 from src.teachers.teacher import Teacher
 from src.training.distiller import Distiller
 from src.training.fitting import try_options
 
-IMAGES = 4
-"""The number of random images."""
+IMAGES = 16
+"""The number of random images, if a batch has so many."""
 ROOT = Path(__file__).parents[2]
 LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 """Folders of Python's library and of installed packages."""
@@ -30,25 +32,29 @@ LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib
 def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
     """Compute the terms of all stages of the method, on copies of the parts and with a teacher of random weights.
 
-    The optimiser, the averaging and the logger are tried too. Raises `UserError` if one of these fails, if the method
-    fails, if its terms and its weights have different names, if a term is not a scalar, if all weights are 0, if no
-    term depends on anything that is trained, if a callback waits for a metric that the run does not have, or if
-    `keep_best` would keep a student that does not predict alone.
+    Their gradients, the optimiser, the averaging and the logger are tried too. Raises `UserError` if one of these
+    fails, if a network or a layer returns something else than it should, if the method's terms and weights do not fit
+    each other, if a term is not a finite scalar or depends on a parameter that is not part of a module, if a callback
+    waits for a metric that the run does not have, or if `keep_best` would keep a student that does not predict alone.
     """
     cfg = copy.deepcopy(cfg)
     cfg.compile = False
+    parts = copy.deepcopy(parts)
     try:
+        _check_student(parts.student.network, data)
         teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
-        distiller = make_distiller(cfg, data, copy.deepcopy(parts), teacher)
+        distiller = make_distiller(cfg, data, parts, teacher)
         _check_monitors(cfg, distiller)
         if cfg.keep_best and not distiller.predicts_alone:
             raise UserError(
                 f"keep_best=true keeps the student alone, but method={method_name(cfg)} predicts through parts of the "
                 "method too: leave it out."
             )
-        images = random_views(data)
-        for module in [*(distiller.for_stage(stage) for stage in distiller.method.stages()), distiller]:
-            try_options(cfg, module, _try_terms(module, images))
+        images = random_views(data, min(IMAGES, max(2, cfg.schedule.batch_size)))
+        _check_logits(distiller, images)
+        for stage in distiller.method.stages():
+            _try_stage(cfg, distiller.for_stage(stage), images, stage.epochs)
+        _try_stage(cfg, distiller, images, cfg.trainer.max_epochs)
         if cfg.schedule.batch_size == 1:
             _try_single_image(distiller, data)
     except UserError as error:
@@ -72,8 +78,8 @@ def random_views(data: ImageData, images: int = IMAGES) -> Samples:
     If there are images without labels, every other image is one of them.
     """
     generator = torch.Generator().manual_seed(0)
-    labelled = data.train_index[: images - len(data.unlabelled_index[: images // 2])]
-    index = torch.cat([labelled, data.unlabelled_index[: images - len(labelled)]])
+    labelled = _last(data.train_index, images - len(data.unlabelled_index[: images // 2]))
+    index = torch.cat([labelled, _last(data.unlabelled_index, images - len(labelled))])
     shape = (len(index), *data.image_shape)
     views = tuple(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(data.views_per_image)
@@ -85,22 +91,108 @@ def random_views(data: ImageData, images: int = IMAGES) -> Samples:
     return samples._replace(other_target=samples.target, share=torch.ones(len(index)))
 
 
+def _last(index: Tensor, count: int) -> Tensor:
+    """Return the last positions: a memory bank that is too small has no room for them."""
+    return index[max(0, len(index) - count) :]
+
+
+def _check_student(student: Network, data: ImageData) -> None:
+    """Raise `UserError` if the student does not return an `Output`, or not one logit for each class."""
+    output: object = student.forward_features(torch.zeros(2, *data.image_shape))
+    name = type(student).__name__
+    if not isinstance(output, Output):
+        raise UserError(f"forward_features of {name} returns {_kind(output)}: return an Output of src.models.network.")
+    if output.logits.shape != (2, data.num_classes):
+        raise UserError(
+            f"{name} returns logits of shape {list(output.logits.shape)} for 2 images of {data.num_classes} classes: "
+            "give its last layer num_classes outputs."
+        )
+
+
+def _check_logits(distiller: Distiller, images: Samples) -> None:
+    """Raise `UserError` if the serialization layer or the predictor does not return one logit for each class."""
+    output = distiller.student.forward_features(torch.zeros(images.images[0].shape))
+    serialized: object = distiller.serialization(output.logits, output.pooled)
+    predicted: object = distiller.method.predictor(distiller.student)(torch.zeros(images.images[0].shape))
+    for name, logits in (("The serialization layer", serialized), ("The method's predictor", predicted)):
+        if not isinstance(logits, Tensor) or logits.shape != output.logits.shape:
+            raise UserError(f"{name} returns {_kind(logits)}: return logits of shape {list(output.logits.shape)}.")
+
+
+def _try_stage(cfg: DictConfig, distiller: Distiller, images: Samples, epochs: int) -> None:
+    """Try a stage of `epochs` epochs: its terms, their weights and gradients, and its options."""
+    known = set(distiller.parameters())
+    terms = _try_terms(distiller, images)
+    unknown = next((parameter for parameter in _parameters_behind(terms) if parameter not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"A term depends on a parameter of shape {list(unknown.shape)} that no module holds, so it would not be "
+            "trained: make it in allocate(), and keep a list of modules in an nn.ModuleList."
+        )
+    names = set(distiller.method.weights(0))
+    if other := next((epoch for epoch in range(1, epochs) if set(distiller.method.weights(epoch)) != names), None):
+        raise UserError(
+            f"The method's weights() names other terms in epoch {other} than in epoch 0: return all names in each "
+            "epoch, with the weight 0 where a term is off."
+        )
+    try_options(cfg, distiller, terms)
+
+
 def _try_terms(distiller: Distiller, images: Samples) -> dict[str, Tensor]:
-    """Compute the weighted terms."""
+    """Compute the weighted terms of the method, and those of the serialization layer."""
+    method = distiller.method
     batch, logits = distiller.observe(images)
-    terms: object = distiller.method.all_terms(batch, logits)
-    if not isinstance(terms, Mapping):
-        raise UserError(f"The method's terms are a {type(terms).__name__}: return a dict of scalar tensors by name.")
-    for name, term in terms.items():
-        if not isinstance(term, Tensor) or term.ndim:
-            shape = f"a tensor of shape {list(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
-            raise UserError(f"The method's term {name!r} is {shape}: return a scalar, such as the mean over the batch.")
-    summed = weighted(terms, distiller.method.weights(0))
+    if isinstance(method, LogitMethod):
+        _check_terms("method", own := method.distillation(logits, batch))
+        if "cross_entropy" in own:
+            raise UserError("The method's distillation returns cross_entropy, which is added to its terms: leave it out.")
+    terms, penalties = method.all_terms(batch, logits), distiller.serialization.penalties()
+    _check_terms("method", terms)
+    _check_terms("serialization layer", penalties)
+    if shared := terms.keys() & penalties.keys():
+        raise UserError(f"The serialization layer and the method both have a term {shared.pop()!r}: rename one of them.")
+    weights: object = method.weights(0)
+    if not isinstance(weights, Mapping):
+        raise UserError(f"The method's weights() returns {_kind(weights)}: return a dict of numbers by term.")
+    summed = weighted(terms, weights)
     if not summed:
         raise UserError("The method's weights are all 0 in the first epoch: raise the weight of at least one term.")
     if not any(term.requires_grad for term in summed.values()):
         raise UserError("The method's terms depend on nothing that is trained: compute them from the student's output.")
-    return summed
+    return {**summed, **penalties}
+
+
+def _check_terms(owner: str, terms: object) -> None:
+    """Raise `UserError` unless `terms` are finite scalars by name."""
+    if not isinstance(terms, Mapping):
+        raise UserError(f"The {owner}'s terms are {_kind(terms)}: return a dict of scalar tensors by name.")
+    for name, term in terms.items():
+        if name == "loss":
+            raise UserError(f"The {owner}'s term 'loss' has the name of the sum of all terms: choose another name.")
+        if not isinstance(term, Tensor) or term.ndim:
+            advice = "return a scalar, such as the mean over the batch"
+            raise UserError(f"The {owner}'s term {name!r} is {_kind(term)}: {advice}.")
+        if not term.isfinite():
+            raise UserError(f"The {owner}'s term {name!r} is {float(term)} on random images: look for a division by 0 or an overflow.")
+
+
+def _kind(value: object) -> str:
+    """Describe a value by its type, or a tensor by its shape."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _parameters_behind(terms: Mapping[str, Tensor]) -> Iterator[nn.Parameter]:
+    """Find the parameters that the terms depend on, in the graph of autograd."""
+    nodes: list[Any] = [term.grad_fn for term in terms.values() if term.grad_fn is not None]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if isinstance(variable := getattr(node, "variable", None), nn.Parameter):
+            yield variable
+        nodes += [following for following, _ in node.next_functions if following is not None]
 
 
 def _try_single_image(distiller: Distiller, data: ImageData) -> None:

@@ -36,13 +36,13 @@ def compiled_terms(method: Method) -> Terms:
 
 
 def _with_plain_outputs(batch: Batch) -> Batch:
-    """Replace the outputs by logits alone. The compiler reads every field, and a `WithoutFeatures` refuses that."""
+    """Replace the outputs by plain ones. The compiler reads every field, and a `WithoutFeatures` refuses that."""
     views = tuple(view._replace(student=_plain(view.student), teacher=_plain(view.teacher)) for view in batch.views)
     return dataclasses.replace(batch, views=views)
 
 
 def _plain(output: Output | None) -> Any:
-    return output if output is None else Output(output.logits, (), output.logits)
+    return output if output is None else Output(*output)
 
 
 def make_fused(make_optimizer: Callable[..., Optimizer], groups: Any, trainer: Trainer) -> Optimizer:

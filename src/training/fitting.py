@@ -141,7 +141,7 @@ def make_averaging(cfg: DictConfig) -> L.Callback | None:
 
 
 def try_options(cfg: DictConfig, distiller: Distiller, weighted_terms: Mapping[str, Tensor]) -> None:
-    """Make what `fit` makes from the configuration, for a trial module and its terms.
+    """Compute the gradients, and make what `fit` makes from the configuration, for a trial module and its terms.
 
     Raises `UserError` if options do not fit.
     """
@@ -152,6 +152,7 @@ def try_options(cfg: DictConfig, distiller: Distiller, weighted_terms: Mapping[s
     if isinstance(optimizer, DOT):
         optimizer.check_trainer(cfg.trainer)
         optimizer.keep_task_gradients(weighted_terms, lambda gradients: gradients)
+    distiller.method.backward(torch.stack(list(weighted_terms.values())).sum(), weighted_terms)
     with report_misfit(node, option):
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):
             parameter.grad = torch.zeros_like(parameter)

@@ -71,6 +71,8 @@ def _gradients_at_logits(
     at_own: dict[str, Tensor] = {}
     at_distilled: dict[str, Tensor] = {}
     for name, term in weighted_terms.items():
+        if not term.requires_grad:
+            continue
         gradients = torch.autograd.grad(term, (own, distilled), retain_graph=True, allow_unused=True)
         for kept, gradient in zip((at_own, at_distilled), gradients, strict=True):
             if gradient is not None:

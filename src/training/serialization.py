@@ -35,7 +35,7 @@ class Serialization(nn.Module):
 
     def forward(self, logits: Tensor, pooled: Tensor) -> Tensor:
         """Return logits for distillation [B, C], from the student's logits [B, C] and pooled features [B, D]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no forward()")
 
     def penalties(self) -> Mapping[str, Tensor]:
         """Return the layer's own loss terms by name, as weighted scalars. They join the terms of the method."""

@@ -70,6 +70,13 @@ def test_the_classifier_layer_is_found_by_its_name():
         _ = network.classifier_layer
 
 
+def test_the_classifier_layer_is_linear():
+    network = Small()
+    network.classifier_name = "convolution"
+    with pytest.raises(UserError, match="The layer 'convolution' of Small is a Conv2d: the last layer must be an nn.L"):
+        _ = network.classifier_layer
+
+
 def test_a_subclass_has_to_define_its_features():
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match=r"Network defines no forward_features\(\)"):
         Network()(torch.zeros(1, 3, 4, 4))

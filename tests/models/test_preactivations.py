@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from src.models.deep_resnet import ResNet18
 from src.models.mobilenet_v1 import mobilenet_v1
 from src.models.mobilenet_v2 import MobileNetV2
-from src.models.network import Network
+from src.models.network import Network, Output
 from src.models.preactivations import forward_features
 from src.models.resnet import resnet8
 from src.models.shufflenet_v1 import ShuffleV1
@@ -37,6 +37,44 @@ def test_features_are_the_relu_of_their_preactivations(maker: Maker):
     for features, before in zip(output.features, output.preactivations, strict=True):
         assert torch.equal(F.relu(before), features)
         assert before.min() < 0
+
+
+RELUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "F.relu": F.relu,
+    "torch.relu": torch.relu,
+    "Tensor.relu": lambda values: values.relu(),
+    "torch.relu_": torch.relu_,
+    "Tensor.relu_": lambda values: values.relu_(),
+}
+
+
+class Rectified(Network):
+    """A network whose features are the output of `relu`, or the tensor that it changed."""
+
+    def __init__(self, relu: Callable[[Tensor], Tensor], in_place: bool) -> None:
+        super().__init__()
+        self.convolution, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)
+        self.relu, self.in_place = relu, in_place
+
+    def forward_features(self, images: Tensor) -> Output:
+        before = self.convolution(images)
+        after = self.relu(before)
+        features = before if self.in_place else after
+        return Output(self.fc(self.pool(features)), (features,), self.pool(features), unpooled=features)
+
+
+@pytest.mark.parametrize("name", RELUS)
+def test_every_way_to_call_a_relu_is_recorded(name: str):
+    network = Rectified(RELUS[name], in_place=name.endswith("_"))
+    output = forward_features(network, images(), preactivations=True)
+    before = network.convolution(images())
+    torch.testing.assert_close(output.preactivations[0], before)
+    torch.testing.assert_close(output.features[0], F.relu(before))
+    output.preactivations[0].square().sum().backward()
+    gradient = network.convolution.weight.grad
+    network.zero_grad()
+    before.square().sum().backward()
+    torch.testing.assert_close(gradient, network.convolution.weight.grad)
 
 
 def test_preactivations_of_a_wide_resnet_are_outputs_of_the_next_batch_norm():

@@ -11,7 +11,17 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from src.methods.fitnet import FitNet
-from src.methods.method import Batch, DistillationLogits, LogitPair, Method, View, logits_only, weighted
+from src.methods.method import (
+    Batch,
+    DistillationLogits,
+    LogitMethod,
+    LogitPair,
+    Method,
+    View,
+    WithoutPreactivations,
+    logits_only,
+    weighted,
+)
 from src.training.acceleration import compiled_terms
 from src.training.gradient_anatomy import anatomy
 from tests.helpers.methods import LOGIT_METHODS, STEPS, made_for_steps, networks_of
@@ -81,6 +91,33 @@ def test_compiled_terms_have_the_same_values_gradients_and_anatomy(case: str) ->
     torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-4, atol=1e-6)
     assert compiled_rows.keys() == rows.keys()
     assert list(compiled_rows.values()) == pytest.approx(list(rows.values()), rel=1e-4, abs=1e-6)
+
+
+class PullsFeatures(LogitMethod):
+    """A method with a term on logits and one on features."""
+
+    needs_features = True
+
+    def weights(self, epoch: int) -> dict[str, float]:
+        return {"cross_entropy": 1.0, "kd": 1.0, "features": 1.0}
+
+    def distillation(self, logits: DistillationLogits, batch: Batch) -> dict[str, Tensor]:
+        difference = batch.student.pooled - batch.teacher.pooled
+        return {"kd": logits.student.square().mean(), "features": difference.square().mean()}
+
+
+def test_compiled_terms_read_the_features_that_the_method_asks_for() -> None:
+    torch._dynamo.reset()
+    method = PullsFeatures()
+    _, batch, logits = observed(method)
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (
+        WithoutPreactivations(each.logits, (), torch.randn(8, 16, generator=generator))
+        for each in (batch.student, batch.teacher)
+    )
+    batch = dataclasses.replace(batch, views=(batch.views[0]._replace(student=student, teacher=teacher),))
+    expected, found = method.all_terms(batch, logits), compiled_terms(method)(batch, logits)
+    torch.testing.assert_close(dict(found), dict(expected))
 
 
 def test_a_method_on_features_is_not_compiled() -> None:

@@ -126,6 +126,14 @@ def test_training_is_the_same_with_and_without_the_measurement(
     plt.close(figure)
 
 
+def test_a_term_without_a_gradient_is_left_out() -> None:
+    own, distilled, teacher, target = three_logits()
+    batch, logits = observed(distilled, teacher, target, own=own)
+    found = anatomy({"cross_entropy": cross_entropy(batch), "later": own.new_zeros(())}, batch, logits, 4.0)
+    assert "cross_entropy/target" in found
+    assert not any("later" in name for name in found)
+
+
 def test_the_logger_gets_every_measurement(tmp_path: Path) -> None:
     data, heard = tiny_data(tmp_path), []
 
