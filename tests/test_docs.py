@@ -62,7 +62,7 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
 
 @pytest.mark.parametrize(("name", "arguments"), [c for c in commands() if c[0] not in ("predict", "wandb_workspace")])
 def test_every_command_composes(name: str, arguments: tuple[str, ...]) -> None:
-    if any(word in " ".join(arguments) for word in ("mse", "cosine", "twolayers", "stripes")):
+    if any(word in " ".join(arguments) for word in ("mse", "cosine", "lowrank", "twolayers", "stripes")):
         pytest.skip("an example of docs/extending.md, which tests/test_extending.py runs")
     cfg = configure(*map(first_choice, arguments), command=name)
     if name == "train":

@@ -33,6 +33,8 @@ def test_the_examples_are_complete_and_short() -> None:
     assert {
         "src/methods",
         "conf/method",
+        "src/training",
+        "conf/serialization",
         "src/models",
         "conf/network",
         "conf/model",

@@ -145,12 +145,12 @@ def _try_terms(distiller: Distiller, images: Samples) -> dict[str, Tensor]:
     if isinstance(method, LogitMethod):
         _check_terms("method", own := method.distillation(logits, batch))
         if "cross_entropy" in own:
-            raise UserError("The method's distillation returns cross_entropy, which is added to its terms: leave it out.")
+            raise UserError("The method's distillation returns cross_entropy, which is added for it: leave it out.")
     terms, penalties = method.all_terms(batch, logits), distiller.serialization.penalties()
     _check_terms("method", terms)
     _check_terms("serialization layer", penalties)
     if shared := terms.keys() & penalties.keys():
-        raise UserError(f"The serialization layer and the method both have a term {shared.pop()!r}: rename one of them.")
+        raise UserError(f"The serialization layer and the method both have a term {shared.pop()!r}: rename one.")
     weights: object = method.weights(0)
     if not isinstance(weights, Mapping):
         raise UserError(f"The method's weights() returns {_kind(weights)}: return a dict of numbers by term.")
@@ -173,7 +173,8 @@ def _check_terms(owner: str, terms: object) -> None:
             advice = "return a scalar, such as the mean over the batch"
             raise UserError(f"The {owner}'s term {name!r} is {_kind(term)}: {advice}.")
         if not term.isfinite():
-            raise UserError(f"The {owner}'s term {name!r} is {float(term)} on random images: look for a division by 0 or an overflow.")
+            advice = "look for a division by 0 or an overflow"
+            raise UserError(f"The {owner}'s term {name!r} is {float(term)} on random images: {advice}.")
 
 
 def _kind(value: object) -> str:

@@ -61,7 +61,7 @@ def find_teacher(cfg: DictConfig) -> Path | None:
     """
     if cfg.teacher.path is not None:
         path = Path(cfg.teacher.path).expanduser()
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"teacher.path={path} does not exist: give a checkpoint of {cfg.model.teacher.name}.")
         return path
     places = teacher_places(cfg)

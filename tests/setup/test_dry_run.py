@@ -249,11 +249,9 @@ MISTAKES: dict[type[Method], str] = {
     ),
     MistakeInAStage: WITHOUT_WEIGHT,
     MistakeInDistillation: f"The method's term 'difference' is a tensor of shape [8, 4]: {SCALAR}",
-    DistillationWithoutNames: (
-        "The method's terms are a tensor of shape []: return a dict of scalar tensors by name."
-    ),
+    DistillationWithoutNames: ("The method's terms are a tensor of shape []: return a dict of scalar tensors by name."),
     DistillationWithCrossEntropy: (
-        "The method's distillation returns cross_entropy, which is added to its terms: leave it out."
+        "The method's distillation returns cross_entropy, which is added for it: leave it out."
     ),
     WeightsWithoutNames: "The method's weights() returns a list: return a dict of numbers by term.",
     WeightsThatChange: (
@@ -261,9 +259,7 @@ MISTAKES: dict[type[Method], str] = {
         "the weight 0 where a term is off."
     ),
     TermCalledLoss: "The method's term 'loss' has the name of the sum of all terms: choose another name.",
-    NotANumber: (
-        "The method's term 'cross_entropy' is nan on random images: look for a division by 0 or an overflow."
-    ),
+    NotANumber: ("The method's term 'cross_entropy' is nan on random images: look for a division by 0 or an overflow."),
     PredictorOfOtherClasses: (
         "The method's predictor returns a tensor of shape [8, 3]: return logits of shape [8, 4]."
     ),
@@ -510,7 +506,7 @@ class PenaltyOfATermsName(Layer):
             PenaltyWithoutAName,
             "The serialization layer's terms are a tensor of shape []: return a dict of scalar tensors by name.",
         ),
-        (PenaltyOfATermsName, "The serialization layer and the method both have a term 'kd': rename one of them."),
+        (PenaltyOfATermsName, "The serialization layer and the method both have a term 'kd': rename one."),
     ],
 )
 def test_a_mistake_in_a_layer_is_one_sentence(cfg: DictConfig, layer: type, sentence: str) -> None:
