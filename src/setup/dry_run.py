@@ -51,7 +51,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
                 "method too: leave it out."
             )
         images = random_views(data, min(IMAGES, max(2, cfg.schedule.batch_size)))
-        _check_logits(distiller, images)
+        _check_logits(distiller, data)
         for stage in distiller.method.stages():
             _try_stage(cfg, distiller.for_stage(stage), images, stage.epochs)
         _try_stage(cfg, distiller, images, cfg.trainer.max_epochs)
@@ -109,11 +109,12 @@ def _check_student(student: Network, data: ImageData) -> None:
         )
 
 
-def _check_logits(distiller: Distiller, images: Samples) -> None:
+def _check_logits(distiller: Distiller, data: ImageData) -> None:
     """Raise `UserError` if the serialization layer or the predictor does not return one logit for each class."""
-    output = distiller.student.forward_features(torch.zeros(images.images[0].shape))
+    images = torch.zeros(2, *data.image_shape)
+    output = distiller.student.forward_features(images)
     serialized: object = distiller.serialization(output.logits, output.pooled)
-    predicted: object = distiller.method.predictor(distiller.student)(torch.zeros(images.images[0].shape))
+    predicted: object = distiller.method.predictor(distiller.student)(images)
     for name, logits in (("The serialization layer", serialized), ("The method's predictor", predicted)):
         if not isinstance(logits, Tensor) or logits.shape != output.logits.shape:
             raise UserError(f"{name} returns {_kind(logits)}: return logits of shape {list(output.logits.shape)}.")
@@ -159,11 +160,16 @@ def _try_terms(distiller: Distiller, images: Samples) -> dict[str, Tensor]:
         raise UserError("The method's weights are all 0 in the first epoch: raise the weight of at least one term.")
     if not any(term.requires_grad for term in summed.values()):
         raise UserError("The method's terms depend on nothing that is trained: compute them from the student's output.")
-    return {**summed, **penalties}
+    summed |= penalties
+    if bad := next((name for name, term in summed.items() if not term.isfinite()), None):
+        raise UserError(
+            f"The term {bad!r} is {float(summed[bad])} on random images: look for a division by 0 or an overflow."
+        )
+    return summed
 
 
 def _check_terms(owner: str, terms: object) -> None:
-    """Raise `UserError` unless `terms` are finite scalars by name."""
+    """Raise `UserError` unless `terms` are scalar tensors by name, and none has the name of their sum."""
     if not isinstance(terms, Mapping):
         raise UserError(f"The {owner}'s terms are {_kind(terms)}: return a dict of scalar tensors by name.")
     for name, term in terms.items():
@@ -172,9 +178,6 @@ def _check_terms(owner: str, terms: object) -> None:
         if not isinstance(term, Tensor) or term.ndim:
             advice = "return a scalar, such as the mean over the batch"
             raise UserError(f"The {owner}'s term {name!r} is {_kind(term)}: {advice}.")
-        if not term.isfinite():
-            advice = "look for a division by 0 or an overflow"
-            raise UserError(f"The {owner}'s term {name!r} is {float(term)} on random images: {advice}.")
 
 
 def _kind(value: object) -> str:

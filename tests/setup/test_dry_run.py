@@ -153,6 +153,14 @@ class NotANumber(CrossEntropy):
         return {"cross_entropy": (batch.student.logits.mean() * 0) / 0}
 
 
+class InfiniteButOff(CrossEntropy):
+    def weights(self, epoch):
+        return {**super().weights(epoch), "later": 0.0}
+
+    def terms(self, batch):
+        return {**super().terms(batch), "later": batch.student.logits.sum() / 0}
+
+
 class ModuleInAList(CrossEntropy):
     def allocate(self, networks):
         self.adapters = [nn.Linear(4, 4)]
@@ -259,9 +267,8 @@ MISTAKES: dict[type[Method], str] = {
         "the weight 0 where a term is off."
     ),
     TermCalledLoss: "The method's term 'loss' has the name of the sum of all terms: choose another name.",
-    NotANumber: ("The method's term 'cross_entropy' is nan on random images: look for a division by 0 or an overflow."),
     PredictorOfOtherClasses: (
-        "The method's predictor returns a tensor of shape [8, 3]: return logits of shape [8, 4]."
+        "The method's predictor returns a tensor of shape [2, 3]: return logits of shape [2, 4]."
     ),
 }
 FAILURES: dict[type[Method], str] = {
@@ -318,6 +325,12 @@ def test_a_parameter_that_would_not_be_trained_is_refused(cfg: DictConfig, metho
     sentence = r"^A term depends on a parameter of shape \[4(, 4)?\] that no module holds, so it would not be trained: "
     with pytest.raises(UserError, match=sentence):
         tried(cfg, method)
+
+
+def test_a_term_that_is_not_finite_is_refused_unless_it_is_off(cfg: DictConfig) -> None:
+    with pytest.raises(UserError, match=r"^The term 'cross_entropy' is nan on random images: look for a division by 0"):
+        tried(cfg, NotANumber)
+    tried(cfg, InfiniteButOff)
 
 
 def test_a_method_may_need_many_images(cfg: DictConfig) -> None:
@@ -498,7 +511,7 @@ class PenaltyOfATermsName(Layer):
     [
         (
             LayerOfOtherClasses,
-            "The serialization layer returns a tensor of shape [8, 8]: return logits of shape [8, 4].",
+            "The serialization layer returns a tensor of shape [2, 8]: return logits of shape [2, 4].",
         ),
         (NoForward, "method=kd fails on random images: NotImplementedError: NoForward defines no forward() in "),
         (PenaltyThatIsAFloat, f"The serialization layer's term 'size' is a float: {SCALAR}"),
