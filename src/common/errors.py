@@ -1,8 +1,14 @@
 """The one exception that a command reports as a sentence instead of a traceback."""
 
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
+"""Folders of Python's library and of installed packages."""
 
 
 class UserError(Exception):
@@ -28,3 +34,21 @@ def report_damage(file: Path, advice: str) -> Iterator[None]:
         raise UserError(
             f"{file} is damaged, or was written by another version ({type(error).__name__}: {reason}): {advice}."
         ) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an error by its type, its message, and the last line outside of libraries that led to it.
+
+    The line that caught the error is left out: it is the same for all errors.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if _is_own_code(Path(frame.filename))]
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
+    if not frames:
+        return what
+    file = Path(frames[-1].filename)
+    shown = file.relative_to(ROOT) if ROOT in file.parents else file
+    return f"{what} in {shown}, line {frames[-1].lineno}"
+
+
+def _is_own_code(file: Path) -> bool:
+    return file.is_file() and not any(folder in file.parents for folder in LIBRARIES)

@@ -1,17 +1,14 @@
 """Try a method once on random images, so that mistakes in it show at once and not after a teacher is trained."""
 
 import copy
-import sysconfig
-import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from src.common.errors import UserError
+from src.common.errors import UserError, describe_error
 from src.config.names import method_name, needs_teacher, teacher_is_program
 from src.data.image_data import ImageData, Samples
 from src.methods.method import LogitMethod, weighted
@@ -24,9 +21,6 @@ from src.training.fitting import try_options
 
 IMAGES = 16
 """The number of random images, if a batch has so many."""
-ROOT = Path(__file__).parents[2]
-LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
-"""Folders of Python's library and of installed packages."""
 
 
 def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
@@ -62,7 +56,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
             raise UserError(f"method={method_name(cfg)}: {error}") from error
         raise
     except Exception as error:
-        raise UserError(f"method={method_name(cfg)} fails on random images: {_describe(error)}.") from error
+        raise UserError(f"method={method_name(cfg)} fails on random images: {describe_error(error)}.") from error
 
 
 def trial_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
@@ -220,15 +214,3 @@ def _check_monitors(cfg: DictConfig, distiller: Distiller) -> None:
         if monitor not in [*known, "accuracy", "loss"]:
             choice = f"choose one of {', '.join(known)}" if known else "leave trainer.limit_val_batches=0 out"
             raise UserError(f"trainer.callbacks[{number}].monitor={monitor} is not a metric of this run: {choice}.")
-
-
-def _describe(error: Exception) -> str:
-    """Describe an error by its type, its message, and the last line outside of libraries that led to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own_code(Path(frame.filename))]
-    file = Path(frames[-1].filename)
-    shown = file.relative_to(ROOT) if ROOT in file.parents else file
-    return f"{type(error).__name__}: {' '.join(str(error).split())} in {shown}, line {frames[-1].lineno}"
-
-
-def _is_own_code(file: Path) -> bool:
-    return file.is_file() and not any(folder in file.parents for folder in LIBRARIES)

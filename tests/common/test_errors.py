@@ -1,5 +1,7 @@
 """Errors of the user are one sentence, wherever they are raised."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.common.errors import UserError, report_damage
+from src.common.errors import UserError, describe_error, report_damage
 from tests.helpers.batches import message_of_unreadable
 
 
@@ -57,3 +59,28 @@ def test_nothing_is_reported_without_damage() -> None:
 def test_an_interruption_is_no_damage() -> None:
     with pytest.raises(KeyboardInterrupt), report_damage(Path("a.pth"), "get it again"):
         raise KeyboardInterrupt
+
+
+def caught(act: Callable[[], object]) -> str:
+    """Describe the error that a function raises."""
+    try:
+        act()
+    except Exception as error:
+        return describe_error(error)
+    pytest.fail("there is no error")
+
+
+def fail() -> None:
+    raise ValueError("no such\nsize.")
+
+
+def test_an_error_is_described_by_the_last_line_outside_of_libraries() -> None:
+    line = fail.__code__.co_firstlineno + 1
+    assert caught(fail) == f"ValueError: no such size in tests/common/test_errors.py, line {line}"
+    deeper = caught(lambda: torch.zeros(2).apply_(lambda value: fail()))
+    assert deeper == f"ValueError: no such size in tests/common/test_errors.py, line {line}"
+
+
+def test_an_error_that_no_own_line_has_caused_is_described_without_a_line() -> None:
+    assert caught(functools.partial(int, "x")) == "ValueError: invalid literal for int() with base 10: 'x'"
+    assert caught(functools.partial(next, iter(()))) == "StopIteration"
