@@ -60,15 +60,15 @@ class RunFolder:
         With `start_over`, a finished run is deleted. With `wait` too, a result for the same data is still returned: the
         command that this one has waited for may have trained it just now, for both.
 
-        Raises `UserError` if the folder was made with other code, another teacher or other data, or if it cannot be
-        written.
+        Raises `UserError` if the run was trained with other code, another teacher or other data, or if the folder
+        cannot be written.
         """
         is_shared = wait and self.result_file.is_file() and self.data_digest() == record.fingerprints.data
         if self.cfg.start_over and not is_shared:
             if self.is_rank_zero:
                 with _report_unwritable(self.path):
                     self._clear()
-        else:
+        elif self.result_file.is_file() or self._has_checkpoint():  # else nothing is trained that could be mixed
             self._check_fingerprints(record)
             if self.result_file.is_file():
                 return read_record(Result, self.result_file)
@@ -93,6 +93,9 @@ class RunFolder:
             elif entry != self.record_file:
                 entry.unlink()
         self.record_file.unlink(missing_ok=True)
+
+    def _has_checkpoint(self) -> bool:
+        return any(self.path.rglob("checkpoints/last.ckpt")) or any(self.path.rglob("checkpoints/previous.ckpt"))
 
     def _check_fingerprints(self, record: RunRecord) -> None:
         if not self.record_file.is_file():
