@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
@@ -177,6 +178,8 @@ def _describe(error: BaseException) -> str | None:
         return f"{error.missing_cfg_file} needs the extra {extra}, which is not installed: pip install -e '.[{extra}]'."
     if isinstance(error, (hydra.errors.HydraException, OmegaConfBaseException)):
         return explain(error) or _shorten(error)
+    if isinstance(error, yaml.YAMLError):
+        return f"A configuration file is not valid YAML ({' '.join(str(error).split())}): correct it."
     kept = "All checkpoints are kept, and the same command resumes a run."
     if isinstance(error, BrokenProcessPool):
         return (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import MissingConfigException
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -261,6 +262,10 @@ def workers_error() -> Exception:
             "trainer.deterministic=false (see docs/gpu.md).",
         ),
         (
+            yaml.scanner.ScannerError("while scanning", None, "found a tab\nin a.yaml"),
+            "error: A configuration file is not valid YAML (while scanning found a tab in a.yaml): correct it.",
+        ),
+        (
             workers_error(),
             "error: The data's workers ran out of shared memory or open files (Too many open files (24)): set "
             "data.workers=0. All checkpoints are kept, and the same command resumes a run.",
@@ -315,6 +320,15 @@ def test_hydras_message_is_one_line_without_its_search_path(place: Place) -> Non
     assert_refused(ran, "Could not find 'method/nonsense'", "Available options in 'method': ab; aekt", "--help lists")
     assert "search path" not in ran.err
     assert "provider" not in ran.err
+
+
+@pytest.mark.parametrize("text", ["name: mine\n\t_target_: a.B\n", "name: mine\nname: yours\n"])
+def test_a_file_that_is_not_valid_yaml_is_named(place: Place, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "conf" / "method" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    ran = place.train(f"--config-dir={tmp_path / 'conf'}", "method=mine")
+    assert_refused(ran, "A configuration file is not valid YAML (", f'in "{file}", line 2, column 1): correct it.')
 
 
 def test_a_process_is_set_up_once(restored: None) -> None:

@@ -5,13 +5,14 @@ import inspect
 from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import hydra
 import pydantic
 from omegaconf import DictConfig, OmegaConf
 
-from src.common.errors import UserError
+from src.common.errors import UserError, describe_error
 from src.config.schema import MethodOptions, NetworkOptions
 
 DESCRIPTIVE = {option.name for schema in (NetworkOptions, MethodOptions) for option in fields(schema)} | {"_partial_"}
@@ -22,10 +23,21 @@ def instantiate(node: DictConfig, option: str, **arguments: Any) -> Any:
     """Call the `_target_` of the node at `option` with the node's keys and `arguments`.
 
     With `_partial_: true`, return a partial of the target. Raises `UserError` if the target does not exist, if a key
-    is not an option of the target, or if a value has the wrong type.
+    is not an option of the target, if a value has the wrong type, or if the target fails. A logger may raise anything,
+    because `make_logger` goes on without it.
     """
     bound = bind(node, option, arguments)
-    return functools.partial(bound, **arguments) if node.get("_partial_") else bound(**arguments)
+    if node.get("_partial_"):
+        return functools.partial(bound, **arguments)
+    try:
+        return bound(**arguments)
+    except Exception as error:
+        if isinstance(error, UserError) or option == "logger":
+            raise
+        raise UserError(
+            f"{option}._target_={node._target_} cannot be made ({describe_error(error)}): correct its options or its "
+            "code."
+        ) from error
 
 
 def bind(node: DictConfig, option: str, given: Collection[str]) -> functools.partial[Any]:
@@ -63,14 +75,24 @@ def check_required(target: Any, given: Container[str], option: str) -> None:
 
 
 def find_target(node: DictConfig, option: str) -> Any:
-    """Import the `_target_` of the node at `option`. Raises `UserError` if the import fails."""
+    """Import the `_target_` of the node at `option`.
+
+    Raises `UserError` if the import fails, or if the target is neither a class nor a function.
+    """
     try:
-        return hydra.utils.get_object(node._target_)
+        target = hydra.utils.get_object(node._target_)
     except (ImportError, ValueError) as error:
+        cause = error.__cause__ or error
+        module, _, name = str(node._target_).rpartition(".")
+        has_module = module and isinstance(cause, ModuleNotFoundError) and cause.name == node._target_
+        reason = f"{module} has no {name}" if has_module else cause
         raise UserError(
-            f"{option}._target_={node._target_} cannot be imported ({error.__cause__ or error}): correct the name or "
-            "the module."
+            f"{option}._target_={node._target_} cannot be imported ({reason}): correct the name or the module."
         ) from None
+    if not callable(target):
+        kind = type(target).__name__
+        raise UserError(f"{option}._target_={node._target_} is a {kind}: name a class or a function.")
+    return target
 
 
 def validate_options(
@@ -79,7 +101,7 @@ def validate_options(
     """Select the keys of a node that its target takes, and convert their values to the annotated types.
 
     The caller passes the arguments named in `given` itself, so they are not options. Raises `UserError` if a key is not
-    an option, if an argument has no annotation, or if a value has the wrong type.
+    an option, if an argument has no annotation or one that cannot be resolved, or if a value has the wrong type.
     """
     parameters = {name: kind for name, kind in _keyword_parameters(target).items() if name not in given}
     found = {}
@@ -97,7 +119,7 @@ def validate_options(
                 f"The argument {key!r} of {container['_target_']} has no type: annotate it, for example {key}: float."
             )
         try:
-            found[key] = pydantic.TypeAdapter(annotation).validate_python(value)
+            found[key] = _adapter(annotation).validate_python(value)
         except pydantic.ValidationError as error:
             raise UserError(f"{option}.{key}={value} does not fit: {reason(error.errors()[0]['msg'])}.") from None
     return found
@@ -171,10 +193,30 @@ def _constructors(cls: type) -> Iterator[Any]:
 
 
 def _annotations(function: Any) -> dict[str, Any]:
-    hints = get_type_hints(function, include_extras=True)
-    named = [
-        parameter.name
+    return {
+        parameter.name: _resolve(function, parameter)
         for parameter in inspect.signature(function).parameters.values()
         if parameter.name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    return {name: hints.get(name, inspect.Parameter.empty) for name in named}
+    }
+
+
+def _resolve(function: Any, parameter: inspect.Parameter) -> Any:
+    """Return the annotation of a parameter, which may be the text of one. Raises `UserError` if that is no type."""
+    alone = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    try:
+        return get_type_hints(alone, names, include_extras=True)[parameter.name]
+    except Exception as error:  # the text is code
+        owner = f"{function.__module__}.{function.__qualname__}".removesuffix(".__init__")
+        raise UserError(
+            f"The type {parameter.annotation} of the argument {parameter.name!r} of {owner} cannot be resolved "
+            f"({error}): correct or import it."
+        ) from None
+
+
+def _adapter(annotation: Any) -> pydantic.TypeAdapter[Any]:
+    """Return pydantic's validator for a type. A class that pydantic does not know, such as `nn.Module`, is allowed."""
+    try:
+        return pydantic.TypeAdapter(annotation)
+    except pydantic.errors.PydanticSchemaGenerationError:
+        return pydantic.TypeAdapter(annotation, config=pydantic.ConfigDict(arbitrary_types_allowed=True))

@@ -83,7 +83,25 @@ def _check_fast_dev_run(value: Any) -> Any:
     return value
 
 
+def _is_call(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def _check_function(value: Any) -> Any:
+    if value is not None and not _is_call(value):
+        raise ValueError("give a function as {_target_: NAME, _partial_: true}")
+    return value
+
+
+def _check_strategy(value: Any) -> Any:
+    if isinstance(value, dict) and not _is_call(value):
+        raise ValueError("give its name, or its class as {_target_: NAME}")
+    return value
+
+
 def _check_callbacks(value: Any) -> Any:
+    if not isinstance(value or [], list) or not all(map(_is_call, value or ())):
+        raise ValueError("give a list of classes, each as {_target_: NAME}")
     if any(str(callback.get("_target_")).endswith(".Timer") for callback in value or ()):
         raise ValueError("Lightning's Timer ends a run for good; use trainer.max_time=HH:MM:SS, which resumes")
     return value
@@ -173,7 +191,7 @@ class ArrayDataOptions(DataOptions):
     """Images in memory (`src/data/array_data.py`)."""
 
     _target_: str = "src.data.array_data.ArrayData"
-    prepare: Any = no_effect(None)
+    prepare: Annotated[Any, AfterValidator(_check_function)] = no_effect(None)
     path: str | None = no_effect(None)
     padding: NonNegativeInt = 4
     device_memory: Annotated[Any, one_of("auto", True, False)] = no_effect("auto")
@@ -262,7 +280,7 @@ class TrainerOptions:
     """Callbacks of the main stage, in addition to those of this project."""
     accelerator: Any = no_effect()
     devices: Any = no_effect()
-    strategy: Any = no_effect()
+    strategy: Annotated[Any, AfterValidator(_check_strategy)] = no_effect()
     num_nodes: Any = no_effect()
     plugins: Any = no_effect()
     use_distributed_sampler: Any = no_effect()

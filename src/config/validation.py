@@ -20,6 +20,23 @@ UNTYPED_NODES: dict[str, tuple[Any, str]] = {
     "teacher.method": (MethodOptions, "conf/method"),
 }
 """Nodes that Hydra composes without a schema, with the schema that validates them and the folder of their files."""
+TARGETS = {
+    "data": "conf/data",
+    "serialization": "conf/serialization",
+    "schedule.optimizer": "conf/schedule",
+    "schedule.scheduler": "conf/schedule",
+    "trainer": "conf/trainer",
+}
+"""Nodes of every training that name a class or a function to call, with the folder of their files."""
+OPTIONAL_TARGETS = {
+    "teacher.serialization": "conf/serialization",
+    "optimizer": "conf/optimizer",
+    "averaging": "conf/averaging",
+    "logger": "conf/logger",
+    "augmentation.policy": "conf/augmentation",
+    "augmentation.mixing": "conf/augmentation",
+}
+"""The same, of nodes that may be switched off."""
 BROKEN_TRAINERS = {
     ("use_distributed_sampler", True): "would divide the images among the devices a second time",
     ("enable_checkpointing", False): "would leave a run without its student",
@@ -30,8 +47,12 @@ BROKEN_TRAINERS = {
 
 def validate(cfg: DictConfig) -> None:
     """Raise `UserError` if an option has an invalid value, if a key is missing, or if two options contradict."""
-    for option, (schema, folder) in UNTYPED_NODES.items():  # first: other options refer to the keys of these nodes
+    for option, folder in {**TARGETS, **OPTIONAL_TARGETS}.items():
+        if option in TARGETS or OmegaConf.select(cfg, option):
+            _check_key(cfg, option, "_target_", folder)
+    for option, (schema, folder) in UNTYPED_NODES.items():  # early: other options refer to the keys of these nodes
         _check_required_keys(cfg, option, schema, folder)
+    _check_key(cfg, "data", "name", TARGETS["data"])
     _validate_node(cfg, "", OmegaConf.get_type(cfg))
     _validate_node(cfg, "data", data_schema(cfg.data._target_))
     for option, (schema, _) in UNTYPED_NODES.items():
@@ -64,12 +85,18 @@ def check_training(cfg: DictConfig) -> None:
 
 
 def _check_required_keys(cfg: DictConfig, option: str, schema: Any, folder: str) -> None:
-    node = OmegaConf.select(cfg, option)
-    if node is None:
+    if OmegaConf.select(cfg, option) is None:
         return
     for key in fields(schema):
-        if key.default is MISSING and key.default_factory is MISSING and key.name not in node:
-            raise UserError(f"{option}.{key.name} is missing: add the key {key.name!r} to the file in {folder}.")
+        if key.default is MISSING and key.default_factory is MISSING:
+            _check_key(cfg, option, key.name, folder)
+
+
+def _check_key(cfg: DictConfig, option: str, key: str, folder: str) -> None:
+    """Raise `UserError` if a node lacks a key, or if there is no such node."""
+    node = OmegaConf.select(cfg, option)
+    if not isinstance(node, DictConfig) or key not in node:
+        raise UserError(f"{option}.{key} is missing: add the key {key!r} to the file in {folder}.")
 
 
 def _validate_node(cfg: DictConfig, option: str, schema: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.common.devices import fits_in_memory
-from src.common.errors import UserError
+from src.common.errors import UserError, describe_error
 from src.data.array_file import ImageArrays, load_arrays
 from src.data.batches import Share
 from src.data.image_data import ImageData, Reader, Samples
@@ -72,7 +72,7 @@ class ArrayData(ImageData):
     def __init__(
         self,
         *,
-        prepare: Callable[[Path], Path] | None,
+        prepare: Callable[[Path], Path | str] | None,
         root: str,
         path: str | None,
         mean: Sequence[float] | None,
@@ -91,12 +91,7 @@ class ArrayData(ImageData):
 
     def read(self) -> ImageArrays:
         """Read the arrays, and set `mean` and `std`. Raises `UserError` if there is no valid array file."""
-        if self.path:
-            file = Path(self.path).expanduser()
-        elif self.prepare_file is None:
-            raise UserError(f"data={self.name} needs data.path=FILE.npz (see docs/data.md for the format).")
-        else:
-            file = self.prepare_file(Path(self.root).expanduser())
+        file = Path(self.path or self._prepared_file()).expanduser()
         if self.unlabelled_folder is not None:
             raise UserError(
                 f"data.unlabelled={self.unlabelled} is not possible for an array file: put the images into its array "
@@ -105,6 +100,24 @@ class ArrayData(ImageData):
         self.arrays = load_arrays(file)
         self.mean, self.std = self._normalisation()
         return self.arrays
+
+    def _prepared_file(self) -> Path | str:
+        """Return the file that `prepare` makes. Raises `UserError` if it fails, or if it returns something else."""
+        if self.prepare_file is None:
+            raise UserError(f"data={self.name} needs data.path=FILE.npz (see docs/data.md for the format).")
+        try:
+            file: object = self.prepare_file(Path(self.root).expanduser())
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"data.prepare of data={self.name} fails ({describe_error(error)}): correct it, or set data.path to an "
+                "array file."
+            ) from error
+        if not isinstance(file, (Path, str)):
+            returned = "None" if file is None else f"a {type(file).__name__}"
+            raise UserError(f"data.prepare of data={self.name} returned {returned}: return the path of the array file.")
+        return file
 
     def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
         if self.given_mean is not None and self.given_std is not None:

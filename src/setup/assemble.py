@@ -1,19 +1,21 @@
 """Make the data, the method, the student and the LightningModule that a configuration describes."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from src.common.errors import UserError
-from src.config.instantiate import check_required, find_target, instantiate, options_of, report_misfit
+from src.config.instantiate import check_required, find_target, instantiate, options_of, report_misfit, validate_options
 from src.config.names import method_name
 from src.config.validation import validate
 from src.data.augmentation import Augmentation
@@ -56,9 +58,11 @@ def make_method(cfg: DictConfig) -> Method:
 
 def make_data(cfg: DictConfig, views_per_image: int = 1, reads_unlabelled: bool = True) -> ImageData:
     """Make the data module and load it. The arguments come from the method: `views_per_image` and `distils`."""
+    prepare = {"prepare": make_prepare(cfg.data)} if cfg.data.get("prepare") else {}
     # A partial, because Hydra would convert the augmentation, which is a dataclass.
-    make: Callable[..., ImageData] = hydra.utils.instantiate(cfg.data, _partial_=True)
+    make: Callable[..., ImageData] = hydra.utils.instantiate(cfg.data, _partial_=True, **dict.fromkeys(prepare))
     data = make(
+        **prepare,
         batch_size=cfg.schedule.batch_size,
         seed=cfg.seed,
         views_per_image=views_per_image,
@@ -67,6 +71,25 @@ def make_data(cfg: DictConfig, views_per_image: int = 1, reads_unlabelled: bool 
     )
     data.load()
     return data
+
+
+def make_prepare(node: DictConfig) -> Callable[[Path], Any]:
+    """Make a partial of the function `prepare` of a data node, which takes the folder.
+
+    Raises `UserError` if there is no such function, if its options are invalid, or if it cannot be called so.
+    """
+    option = "data.prepare"
+    target = find_target(node.prepare, option)
+    container: Any = OmegaConf.to_container(node.prepare, resolve=True)
+    prepare = functools.partial(target, **validate_options(target, container, option))
+    try:
+        inspect.signature(prepare).bind(Path(node.root))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{option}._target_={node.prepare._target_} cannot be called with the folder data.root ({error}): let it "
+            "take the folder as its first argument, and set all others in data.prepare."
+        ) from None
+    return prepare
 
 
 def make_data_for(cfg: DictConfig, method: Method) -> ImageData:

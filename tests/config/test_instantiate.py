@@ -1,11 +1,13 @@
 """A node is validated against the signature of its target, and then instantiated."""
 
 import functools
+import inspect
 from typing import Any, Literal
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
+from torch import nn
 
 from src.common.errors import UserError
 from src.config.instantiate import instantiate, options_of, reason, report_misfit, validate_options
@@ -45,6 +47,34 @@ class Unannotated:
 
     def __init__(self, gamma=0.5) -> None:
         self.gamma = gamma
+
+
+class Fails:
+    """A class whose constructor fails."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        raise ValueError("weight must be\nabove 2.")  # the line of this mistake is part of the sentence
+
+
+class Refuses:
+    """A class whose constructor knows what is wrong."""
+
+    def __init__(self) -> None:
+        raise UserError("Give another size.")
+
+
+class Misspelt:
+    """A class with an annotation that does not exist."""
+
+    def __init__(self, gamma: "Flaot" = 0.5) -> None:  # type: ignore[name-defined]  # noqa: F821
+        self.gamma = gamma
+
+
+class WithModule:
+    """A class with an argument that no file can give."""
+
+    def __init__(self, loss: nn.Module | None = None) -> None:
+        self.loss = loss
 
 
 def make(num_classes: int, width: int = 16) -> tuple[int, int]:
@@ -91,6 +121,27 @@ def test_arguments_of_the_caller_are_no_options() -> None:
     for key in ("num_classes", "depth"):
         with pytest.raises(UserError, match=rf"node\.{key}=5 is not an option of .*\.make: its options are width\.$"):
             build("make", given={"num_classes": 10}, **{key: 5})
+
+
+def test_a_constructor_that_fails_is_one_sentence_with_file_and_line() -> None:
+    lines, first = inspect.getsourcelines(Fails)
+    line = first + next(number for number, text in enumerate(lines) if "the line of this mistake" in text)
+    with pytest.raises(UserError) as caught:
+        build("Fails", weight=1)
+    assert str(caught.value) == (
+        f"node._target_={__name__}.Fails cannot be made (ValueError: weight must be above 2 in "
+        f"tests/config/test_instantiate.py, line {line}): correct its options or its code."
+    )
+
+
+def test_a_constructor_that_knows_what_is_wrong_says_it_itself() -> None:
+    with pytest.raises(UserError, match=r"^Give another size\.$"):
+        build("Refuses")
+
+
+def test_a_logger_may_raise_anything_because_training_goes_on_without_it() -> None:
+    with pytest.raises(ValueError, match="weight must be"):
+        instantiate(OmegaConf.create({"_target_": f"{__name__}.Fails"}), "logger")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -141,6 +192,21 @@ def test_an_argument_without_a_type_is_refused() -> None:
     assert build("Unannotated").gamma == 0.5
 
 
+def test_a_type_that_cannot_be_resolved_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        build("Misspelt", gamma=1)
+    assert str(caught.value) == (
+        f"The type Flaot of the argument 'gamma' of {__name__}.Misspelt cannot be resolved (name 'Flaot' is not "
+        "defined): correct or import it."
+    )
+
+
+def test_a_class_that_pydantic_does_not_know_is_a_type() -> None:
+    assert build("WithModule", loss=None).loss is None
+    with pytest.raises(UserError, match=r"^node\.loss=mse does not fit: input should be an instance of Module\.$"):
+        build("WithModule", loss="mse")
+
+
 def test_keys_that_describe_a_node_are_passed_on_only_if_the_target_takes_them() -> None:
     assert build("make", num_classes=10, name="mine", year=2026, published_accuracy={}) == (10, 16)
     assert validate_options(lambda name: name, {"_target_": "f"}, "node") == {}
@@ -186,7 +252,9 @@ def test_a_partial_takes_the_missing_arguments_later() -> None:
     ("target", "reason"),
     [
         ("src.methods.nothing.Nothing", "No module named 'src.methods.nothing'"),
-        ("src.methods.kd.Nothing", "No module named 'src.methods.kd.Nothing'; 'src.methods.kd' is not a package"),
+        ("src.methods.kd.Nothing", "src.methods.kd has no Nothing"),
+        ("src.methods.Nothing", "src.methods has no Nothing"),
+        ("Nothing", "No module named 'Nothing'"),
         ("nonsense.KD", "No module named 'nonsense'"),
         ("src..KD", "Error loading 'src..KD': invalid dotstring."),
     ],
@@ -197,6 +265,13 @@ def test_a_target_that_cannot_be_imported_is_refused(target: str, reason: str) -
     sentence = " ".join(str(caught.value).split())
     assert sentence.startswith(f"method._target_={target} cannot be imported ({reason}")
     assert sentence.endswith("): correct the name or the module.")
+
+
+def test_a_module_is_no_target() -> None:
+    with pytest.raises(
+        UserError, match=r"^method\._target_=src\.methods\.kd is a module: name a class or a function\.$"
+    ):
+        instantiate(OmegaConf.create({"_target_": "src.methods.kd"}), "method")
 
 
 @pytest.mark.parametrize("pair", PAIRS[:1])

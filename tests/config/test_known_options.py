@@ -5,7 +5,7 @@ import pytest
 from src.common.errors import UserError
 from src.config.known_options import check_options, check_run_options, close_options
 from src.config.schema import COMMAND_SCHEMAS
-from tests.helpers.configure import configure, options
+from tests.helpers.configure import changed, configure, options
 
 GROUPS = ("data", "trainer", "schedule", "optimizer", "averaging", "logger", "serialization", "experiment")
 
@@ -106,6 +106,15 @@ def test_an_option_of_a_group_that_is_switched_off_is_refused(group: str) -> Non
         "lists the groups."
     )
     assert "while logger is switched off" in refused("logger=none", "+logger.project=x")
+
+
+@pytest.mark.parametrize("group", ["averaging", "optimizer", "also", "logger"])
+def test_a_file_of_such_a_group_needs_a_target(group: str) -> None:
+    cfg = changed(configure(), **{group: {"decay": 0.9}})
+    with pytest.raises(
+        UserError, match=rf"^{group}\._target_ is missing: add the key '_target_' to its file in conf/\.$"
+    ):
+        check_options(cfg)
 
 
 def test_an_option_that_another_target_leaves_behind_is_removed_by_name() -> None:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.common.errors import UserError
 from src.config import schema
-from src.config.validation import UNTYPED_NODES, check_training, validate
+from src.config.validation import OPTIONAL_TARGETS, TARGETS, UNTYPED_NODES, check_training, validate
 from tests.helpers.configure import changed, configure, without
 
 INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
@@ -35,6 +35,11 @@ INVALID: dict[tuple[str, ...], list[tuple[str, Any, str]]] = {
         ("trainer.max_time", 5, "give a time as HH:MM:SS"),
         ("trainer.fast_dev_run", True, "use trainer=debug"),
         ("trainer.callbacks", [{"_target_": "lightning.pytorch.callbacks.Timer"}], "use trainer.max_time"),
+        ("trainer.callbacks", [{"monitor": "loss"}], "give a list of classes, each as {_target_: NAME}"),
+        ("trainer.callbacks", "EarlyStopping", "give a list of classes"),
+        ("trainer.strategy", {"static_graph": True}, "give its name, or its class as {_target_: NAME}"),
+        ("data.prepare", "glyphs", "give a function as {_target_: NAME, _partial_: true}"),
+        ("data.prepare", {"_partial_": True}, "give a function as"),
         ("data.name", "a/b", "the name of a folder"),
         ("data.name", "..", "the name of a folder"),
         ("method.name", "a/b", "the name of a folder"),
@@ -211,6 +216,26 @@ def test_a_nodes_own_file_is_named_if_it_lacks_a_key() -> None:
                 validate(without(configure("method@also=kd"), f"{option}.{key}"))
             folder = UNTYPED_NODES[option][1]
             assert str(caught.value) == f"{option}.{key} is missing: add the key {key!r} to the file in {folder}."
+
+
+@pytest.mark.parametrize("option", [*TARGETS, *OPTIONAL_TARGETS])
+def test_the_file_of_a_node_that_calls_nothing_is_named(option: str) -> None:
+    folder = {**TARGETS, **OPTIONAL_TARGETS}[option]
+    for value in ({"name": "x"}, "x", None):
+        cfg = with_value(configure("method=kd"), option, value)
+        if value is None and option in OPTIONAL_TARGETS:
+            validate(cfg)
+            continue
+        with pytest.raises(UserError) as caught:
+            validate(cfg)
+        assert str(caught.value) == f"{option}._target_ is missing: add the key '_target_' to the file in {folder}."
+
+
+def test_data_without_a_name_are_refused() -> None:
+    without_schema = changed(configure(), data={"_target_": "a.B"})
+    for cfg in (without_schema, changed(configure(), data__name="???")):
+        with pytest.raises(UserError, match=r"^data\.name is missing: add the key 'name' to the file in conf/data\.$"):
+            validate(cfg)
 
 
 def test_descriptive_keys_may_be_missing() -> None:

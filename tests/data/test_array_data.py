@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,43 @@ def test_without_a_path_the_array_file_is_prepared(make_data: Make, tmp_path: Pa
     data = make_data(path=None, prepare=prepare)
     data.load()
     assert len(data.train_index) == 9
+
+
+def test_the_path_of_the_prepared_file_may_be_a_text(make_data: Make, tmp_path: Path) -> None:
+    save_arrays(tmp_path / "prepared.npz", **arrays(train=9))
+    data = make_data(path=None, prepare=lambda root: str(root / "prepared.npz"))
+    data.load()
+    assert len(data.train_index) == 9
+
+
+@pytest.mark.parametrize(("returned", "kind"), [(None, "None"), ({"a": 1}, "a dict"), (3, "a int")])
+def test_what_is_prepared_must_be_a_path(make_data: Make, returned: Any, kind: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_data(path=None, prepare=lambda root: returned).load()
+    assert str(caught.value) == (f"data.prepare of data=small returned {kind}: return the path of the array file.")
+
+
+def unprepared(error: Exception) -> Callable[[Path], Path]:
+    """A function that fails to prepare a file."""
+
+    def prepare(root: Path) -> Path:
+        raise error
+
+    return prepare
+
+
+def test_a_file_that_cannot_be_prepared_is_reported_with_file_and_line(make_data: Make) -> None:
+    for error, reason in (
+        (ValueError("no such size"), "ValueError: no such size"),
+        (FileNotFoundError(2, "No such file or directory", "faces"), "FileNotFoundError: .*'faces'"),
+    ):
+        where = r"tests/data/test_array_data\.py, line \d+"
+        with pytest.raises(
+            UserError, match=rf"^data\.prepare of data=small fails \({reason} in {where}\): correct it, or"
+        ):
+            make_data(path=None, prepare=unprepared(error)).load()
+    with pytest.raises(UserError, match=r"^Download it\.$"):
+        make_data(path=None, prepare=unprepared(UserError("Download it."))).load()
 
 
 def test_augmentation_makes_the_requested_views(make_data: Make) -> None:

@@ -76,6 +76,52 @@ def test_making_the_data_leaves_the_configuration_as_it_is(cfg: DictConfig) -> N
     assert (data.views_per_image, data.batch_size, data.seed, data.num_classes) == (2, 8, 0, 4)
 
 
+def stripes(root: Path, size: int = 3) -> str:
+    """A function that makes an array file."""
+    return str(write_arrays(root / f"{size}.npz"))
+
+
+def needs_size(root: Path, size: int) -> Path:
+    return root
+
+
+def takes_nothing() -> Path:
+    return Path()
+
+
+def prepared_by(cfg: DictConfig, name: str, folder: Path, **keys: Any) -> Any:
+    """Make data whose array file a function of this module makes."""
+    node = {"_target_": f"{__name__}.{name}", **keys}
+    return make_data(changed(cfg, data__path=None, data__root=str(folder), data__prepare=node))
+
+
+def test_a_function_prepares_the_array_file(cfg: DictConfig, tmp_path: Path) -> None:
+    options: list[dict[str, Any]] = [{}, {"_partial_": True}, {"_partial_": True, "size": 5}]
+    for number, keys in enumerate(options):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert prepared_by(cfg, "stripes", folder, **keys).num_classes == 4
+        assert (folder / f"{keys.get('size', 3)}.npz").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "sentence"),
+    [
+        ("stripes", {"size": "big"}, r"data\.prepare\.size=big does not fit: input should be a valid integer, "),
+        ("stripes", {"sise": 3}, r"data\.prepare\.sise=3 is not an option of .*\.stripes: its options are root, size"),
+        ("stripez", {}, r"data\.prepare\._target_=.*\.stripez cannot be imported \(.*test_assemble has no stripez\): "),
+        ("needs_size", {}, r".*\.needs_size cannot be called with the folder data\.root \(missing .*'size'\): let it"),
+        ("takes_nothing", {}, r".*\.takes_nothing cannot be called with the folder data\.root \(too many .*\): let it"),
+        ("stripes", {"root": "x"}, r".*\.stripes cannot be called with the folder data\.root \(.*\): let it take the"),
+    ],
+)
+def test_a_function_that_cannot_prepare_the_file_is_refused(
+    cfg: DictConfig, tmp_path: Path, name: str, keys: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        prepared_by(cfg, name, tmp_path, _partial_=True, **keys)
+
+
 # Method and parts
 
 
