@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import hydra
 import pydantic
@@ -17,27 +17,38 @@ from src.config.schema import MethodOptions, NetworkOptions
 
 DESCRIPTIVE = {option.name for schema in (NetworkOptions, MethodOptions) for option in fields(schema)} | {"_partial_"}
 """Keys that describe a node. They are passed on only if the signature takes them."""
+Made = TypeVar("Made")
 
 
 def instantiate(node: DictConfig, option: str, **arguments: Any) -> Any:
     """Call the `_target_` of the node at `option` with the node's keys and `arguments`.
 
     With `_partial_: true`, return a partial of the target. Raises `UserError` if the target does not exist, if a key
-    is not an option of the target, if a value has the wrong type, or if the target fails. A logger may raise anything,
-    because `make_logger` goes on without it.
+    is not an option of the target, if a value has the wrong type, or if the target fails.
     """
     bound = bind(node, option, arguments)
     if node.get("_partial_"):
         return functools.partial(bound, **arguments)
     try:
         return bound(**arguments)
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError) or option == "logger":
-            raise
         raise UserError(
             f"{option}._target_={node._target_} cannot be made ({describe_error(error)}): correct its options or its "
             "code."
         ) from error
+
+
+def instantiate_as(kind: type[Made], node: DictConfig, option: str, **arguments: Any) -> Made:
+    """Do the same as `instantiate`, and raise `UserError` if the result is not a `kind`."""
+    made = instantiate(node, option, **arguments)
+    if not isinstance(made, kind):
+        raise UserError(
+            f"{option}._target_={node._target_} makes a {type(made).__name__}, which is not a {kind.__name__}: derive "
+            f"it from {kind.__module__}.{kind.__name__}."
+        )
+    return made
 
 
 def bind(node: DictConfig, option: str, given: Collection[str]) -> functools.partial[Any]:

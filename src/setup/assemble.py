@@ -15,7 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from src.common.errors import UserError
-from src.config.instantiate import check_required, find_target, instantiate, options_of, report_misfit, validate_options
+from src.config.instantiate import (
+    check_required,
+    find_target,
+    instantiate,
+    instantiate_as,
+    options_of,
+    report_misfit,
+    validate_options,
+)
 from src.config.names import method_name
 from src.config.validation import validate
 from src.data.augmentation import Augmentation
@@ -52,8 +60,8 @@ def prepare(cfg: DictConfig) -> DictConfig:
 def make_method(cfg: DictConfig) -> Method:
     """Make the method, or the combination of two. `make_distiller` allocates its parameters later."""
     torch.manual_seed(cfg.seed)
-    method: Method = instantiate(cfg.method, "method")
-    return Combined(method, instantiate(cfg.also, "also")) if cfg.also else method
+    method = instantiate_as(Method, cfg.method, "method")
+    return Combined(method, instantiate_as(Method, cfg.also, "also")) if cfg.also else method
 
 
 def make_data(cfg: DictConfig, views_per_image: int = 1, reads_unlabelled: bool = True) -> ImageData:
@@ -126,7 +134,7 @@ def make_parts(cfg: DictConfig, data: ImageData, method: Method, *, for_training
     recipe = make_recipe(cfg)
     torch.manual_seed(cfg.seed)
     student = load_student(cfg, data)
-    serialization: Serialization = instantiate(cfg.serialization, "serialization")
+    serialization = instantiate_as(Serialization, cfg.serialization, "serialization")
     if not isinstance(serialization, NoSerialization) and not method.distils_logits:
         raise UserError(
             f"method={cfg.method.name} has no logit term on which a serialization layer could act: add "

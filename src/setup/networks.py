@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, open_dict
 
 from src.common.errors import UserError
-from src.config.instantiate import instantiate
+from src.config.instantiate import instantiate_as
 from src.config.names import teacher_is_program
 from src.data.image_data import ImageData
 from src.models.checkpoints import load_weights, read_facts
@@ -60,8 +60,7 @@ def _library_network(role: str, source: str, node: DictConfig) -> dict[str, Any]
 
 def make_network(node: DictConfig, option: str, num_classes: int) -> Network:
     """Make the network of the node at `option`, with fresh weights."""
-    network: Network = instantiate(node, option, num_classes=num_classes)
-    return network
+    return instantiate_as(Network, node, option, num_classes=num_classes)
 
 
 def stated_facts(node: DictConfig, path: Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from src.common.errors import UserError
-from src.config.instantiate import bind, find_target, instantiate, options_of, report_misfit
+from src.config.instantiate import bind, find_target, options_of, report_misfit
 from src.config.names import class_name
 from src.data.image_data import ImageData
 from src.methods.method import Method
@@ -123,7 +123,7 @@ def make_logger(cfg: DictConfig, folder: Path) -> Any:
             return False
         takes = options_of(find_target(cfg.logger, "logger")) or ()
         setting = {"setting": setting_digest(cfg)} if "setting" in takes else {}
-        return instantiate(cfg.logger, "logger", folder=folder, **setting)
+        return bind(cfg.logger, "logger", ["folder", *setting])(folder=folder, **setting)
     except UserError:
         raise
     except Exception as error:  # a logger may raise anything, and training must not end because of it

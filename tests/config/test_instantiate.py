@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from src.common.errors import UserError
-from src.config.instantiate import instantiate, options_of, reason, report_misfit, validate_options
+from src.config.instantiate import instantiate, instantiate_as, options_of, reason, report_misfit, validate_options
 from src.methods.aekt import AEKT
+from src.methods.method import Method
 from tests.helpers.configure import METHODS, PAIRS, configure
 
 
@@ -139,9 +140,15 @@ def test_a_constructor_that_knows_what_is_wrong_says_it_itself() -> None:
         build("Refuses")
 
 
-def test_a_logger_may_raise_anything_because_training_goes_on_without_it() -> None:
-    with pytest.raises(ValueError, match="weight must be"):
-        instantiate(OmegaConf.create({"_target_": f"{__name__}.Fails"}), "logger")
+def test_the_made_object_is_of_the_wanted_kind() -> None:
+    node = OmegaConf.create({"_target_": f"{__name__}.WithoutOptions"})
+    assert type(instantiate_as(WithoutOptions, node, "method")) is WithoutOptions
+    with pytest.raises(UserError) as caught:
+        instantiate_as(Method, node, "method")
+    assert str(caught.value) == (
+        f"method._target_={__name__}.WithoutOptions makes a WithoutOptions, which is not a Method: derive it from "
+        "src.methods.method.Method."
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
