@@ -70,7 +70,7 @@ def check_options(cfg: DictConfig, given: Collection[str] = ()) -> None:
     node, key = unknown[0]
     option = _join(node.option, key)
     if node.option in OPTIONAL and node.target is None:
-        if option not in given:
+        if not any(each == node.option or f"{each}.".startswith(f"{option}.") for each in given):
             raise UserError(f"{node.option}._target_ is missing: add the key '_target_' to its file in conf/.")
         raise UserError(
             f"{option} is not an option while {node.option} is switched off: choose a file of conf/ for it first. "

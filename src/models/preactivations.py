@@ -50,13 +50,13 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function in RELUS:
-            output = F.relu(args[0])  # never in place, which would overwrite the recorded input
-            self.before_relu[output] = args[0]
-            return output
-        if function in IN_PLACE_RELUS:
-            before = args[0].clone()
-            output = function(*args, **(kwargs or {}))
+        if function in (*RELUS, *IN_PLACE_RELUS):
+            before = args[0] if args else kwargs["input"]
+            if function in IN_PLACE_RELUS:
+                before = before.clone()
+                output = function(*args, **(kwargs or {}))
+            else:
+                output = F.relu(before)  # never in place, which would overwrite the recorded input
             self.before_relu[output] = before
             return output
         output = function(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
 """Try a method once on random images, so that mistakes in it show at once and not after a teacher is trained."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from src.training.fitting import try_options
 
 IMAGES = 16
 """The number of random images, if a batch has so many."""
+PHOTOS = 4
+"""The same for photos of more than 64 pixels, whose features take much memory."""
 
 
 def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
@@ -33,8 +36,8 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
     """
     cfg = copy.deepcopy(cfg)
     cfg.compile = False
-    parts = copy.deepcopy(parts)
     try:
+        parts = copy.deepcopy(parts)
         _check_student(parts.student.network, data)
         teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
         distiller = make_distiller(cfg, data, parts, teacher)
@@ -44,7 +47,8 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
                 f"keep_best=true keeps the student alone, but method={method_name(cfg)} predicts through parts of the "
                 "method too: leave it out."
             )
-        images = random_views(data, min(IMAGES, max(2, cfg.schedule.batch_size)))
+        most = IMAGES if max(data.image_shape) <= 64 else PHOTOS
+        images = random_views(data, min(most, max(2, cfg.schedule.batch_size)))
         _check_logits(distiller, data)
         for stage in distiller.method.stages():
             _try_stage(cfg, distiller.for_stage(stage), images, stage.epochs)
@@ -63,7 +67,11 @@ def trial_teacher(cfg: DictConfig, data: ImageData) -> Teacher:
     """Make a teacher of random weights. A program has no architecture that could be made again, so it is loaded."""
     if teacher_is_program(cfg):
         return load_teacher(cfg, data, find_teacher(cfg))
-    return make_untrained_teacher(cfg, data)
+    teacher = make_untrained_teacher(cfg, data)
+    weight = teacher.network.classifier_layer.weight
+    if not weight.any():  # some networks of timm start so, but no trained teacher has such a layer
+        nn.init.normal_(weight, std=0.01)
+    return teacher
 
 
 def random_views(data: ImageData, images: int = IMAGES) -> Samples:
@@ -124,34 +132,38 @@ def _try_stage(cfg: DictConfig, distiller: Distiller, images: Samples, epochs: i
             f"A term depends on a parameter of shape {list(unknown.shape)} that no module holds, so it would not be "
             "trained: make it in allocate(), and keep a list of modules in an nn.ModuleList."
         )
-    names = set(distiller.method.weights(0))
-    if other := next((epoch for epoch in range(1, epochs) if set(distiller.method.weights(epoch)) != names), None):
-        raise UserError(
-            f"The method's weights() names other terms in epoch {other} than in epoch 0: return all names in each "
-            "epoch, with the weight 0 where a term is off."
-        )
     try_options(cfg, distiller, terms)
+    tried = {_kind_of_weights(distiller.method.weights(0))}
+    for epoch in range(1, epochs):
+        kind = _kind_of_weights(distiller.method.weights(epoch))
+        if kind not in tried:
+            _try_terms(distiller, images, epoch)
+            tried.add(kind)
 
 
-def _try_terms(distiller: Distiller, images: Samples) -> dict[str, Tensor]:
+def _kind_of_weights(weights: Mapping[str, float]) -> tuple[frozenset[str], bool]:
+    """Return what decides whether weights fit the terms: their names, and whether one of them is not 0."""
+    return frozenset(weights), any(weights.values())
+
+
+def _try_terms(distiller: Distiller, images: Samples, epoch: int = 0) -> dict[str, Tensor]:
     """Compute the weighted terms of the method, and those of the serialization layer."""
     method = distiller.method
     batch, logits = distiller.observe(images)
+    batch = dataclasses.replace(batch, epoch=epoch)
     if isinstance(method, LogitMethod):
-        _check_terms("method", own := method.distillation(logits, batch))
-        if "cross_entropy" in own:
-            raise UserError("The method's distillation returns cross_entropy, which is added for it: leave it out.")
+        _check_distillation(method.distillation(logits, batch))
     terms, penalties = method.all_terms(batch, logits), distiller.serialization.penalties()
     _check_terms("method", terms)
     _check_terms("serialization layer", penalties)
     if shared := terms.keys() & penalties.keys():
         raise UserError(f"The serialization layer and the method both have a term {shared.pop()!r}: rename one.")
-    weights: object = method.weights(0)
+    weights: object = method.weights(epoch)
     if not isinstance(weights, Mapping):
         raise UserError(f"The method's weights() returns {_kind(weights)}: return a dict of numbers by term.")
     summed = weighted(terms, weights)
     if not summed:
-        raise UserError("The method's weights are all 0 in the first epoch: raise the weight of at least one term.")
+        raise UserError(f"The method's weights are all 0 in epoch {epoch}: raise the weight of at least one term.")
     if not any(term.requires_grad for term in summed.values()):
         raise UserError("The method's terms depend on nothing that is trained: compute them from the student's output.")
     summed |= penalties
@@ -160,6 +172,13 @@ def _try_terms(distiller: Distiller, images: Samples) -> dict[str, Tensor]:
             f"The term {bad!r} is {float(summed[bad])} on random images: look for a division by 0 or an overflow."
         )
     return summed
+
+
+def _check_distillation(terms: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` if the terms of a `LogitMethod` are no dict, or hold the one that is added for it."""
+    _check_terms("method", terms)
+    if "cross_entropy" in terms:
+        raise UserError("The method's distillation returns cross_entropy, which is added for it: leave it out.")
 
 
 def _check_terms(owner: str, terms: object) -> None:
@@ -176,7 +195,10 @@ def _check_terms(owner: str, terms: object) -> None:
 
 def _kind(value: object) -> str:
     """Describe a value by its type, or a tensor by its shape."""
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _parameters_behind(terms: Mapping[str, Tensor]) -> Iterator[nn.Parameter]:

@@ -152,7 +152,8 @@ def try_options(cfg: DictConfig, distiller: Distiller, weighted_terms: Mapping[s
     if isinstance(optimizer, DOT):
         optimizer.check_trainer(cfg.trainer)
         optimizer.keep_task_gradients(weighted_terms, lambda gradients: gradients)
-    distiller.method.backward(torch.stack(list(weighted_terms.values())).sum(), weighted_terms)
+    if "fork" not in str(cfg.trainer.strategy):  # beside a GPU, autograd's threads do not survive a fork
+        distiller.method.backward(torch.stack(list(weighted_terms.values())).sum(), weighted_terms)
     with report_misfit(node, option):
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):
             parameter.grad = torch.zeros_like(parameter)

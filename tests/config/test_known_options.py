@@ -105,7 +105,8 @@ def test_an_option_of_a_group_that_is_switched_off_is_refused(group: str) -> Non
         f"{group}.decay is not an option while {group} is switched off: choose a file of conf/ for it first. --help "
         "lists the groups."
     )
-    assert "while logger is switched off" in refused("logger=none", "+logger.project=x")
+    for override in ("+logger.project=x", "+logger={project: x}", "+logger.a.b=1"):
+        assert "while logger is switched off" in refused("logger=none", override)
 
 
 @pytest.mark.parametrize("group", ["averaging", "optimizer", "also", "logger"])

@@ -124,6 +124,21 @@ class WeightsThatChange(CrossEntropy):
         return {"cross_entropy": 1.0} if epoch < 3 else {}
 
 
+class NoWeightLater(CrossEntropy):
+    def weights(self, epoch):
+        return {"cross_entropy": float(epoch < 2)}
+
+
+class TermThatComesLater(CrossEntropy):
+    """A method that computes a term, and has its weight, from the second epoch on."""
+
+    def weights(self, epoch):
+        return super().weights(epoch) | ({"later": 1.0} if epoch else {})
+
+    def terms(self, batch):
+        return super().terms(batch) | ({"later": batch.student.logits.mean()} if batch.epoch else {})
+
+
 class TermCalledLoss(CrossEntropy):
     def weights(self, epoch):
         return {"loss": 1.0}
@@ -232,7 +247,7 @@ MISTAKES: dict[type[Method], str] = {
     TermOfTheWrongType: f"The method's term 'cross_entropy' is a float: {SCALAR}",
     TermsWithoutNames: "The method's terms are a tensor of shape []: return a dict of scalar tensors by name.",
     NothingTrained: "The method's terms depend on nothing that is trained: compute them from the student's output.",
-    NoWeight: "The method's weights are all 0 in the first epoch: raise the weight of at least one term.",
+    NoWeight: "The method's weights are all 0 in epoch 0: raise the weight of at least one term.",
     FeaturesNotRequested: (
         "The method reads features without asking for them: set needs_features = True in its class."
     ),
@@ -247,9 +262,9 @@ MISTAKES: dict[type[Method], str] = {
     ),
     WeightsWithoutNames: "The method's weights() returns a list: return a dict of numbers by term.",
     WeightsThatChange: (
-        "The method's weights() names other terms in epoch 3 than in epoch 0: return all names in each epoch, with "
-        "the weight 0 where a term is off."
+        "The method computes the term 'cross_entropy', but its weights() lacks it: add its weight there."
     ),
+    NoWeightLater: "The method's weights are all 0 in epoch 2: raise the weight of at least one term.",
     TermCalledLoss: "The method's term 'loss' has the name of the sum of all terms: choose another name.",
     PredictorOfOtherClasses: (
         "The method's predictor returns a tensor of shape [2, 3]: return logits of shape [2, 4]."

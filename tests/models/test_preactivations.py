@@ -42,6 +42,7 @@ def test_features_are_the_relu_of_their_preactivations(maker: Maker):
 RELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.relu": F.relu,
     "torch.relu": torch.relu,
+    "torch.relu(input=...)": lambda values: torch.relu(input=values),
     "Tensor.relu": lambda values: values.relu(),
     "torch.relu_": torch.relu_,
     "Tensor.relu_": lambda values: values.relu_(),

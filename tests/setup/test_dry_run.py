@@ -15,6 +15,7 @@ from src.models.resnet import CifarResNet
 from src.setup import dry_run as module
 from src.setup.assemble import make_data, make_method, make_parts
 from src.setup.dry_run import dry_run, random_views, trial_teacher
+from src.setup.teacher import make_untrained_teacher
 from src.training.serialization import Serialization
 from tests.helpers.commands import assert_refused
 from tests.helpers.configure import METHODS, changed, configure
@@ -22,6 +23,7 @@ from tests.helpers.mistaken_methods import (
     FAILURES,
     MISTAKES,
     SCALAR,
+    BrokenGradient,
     CountsCalls,
     CrossEntropy,
     InfiniteButOff,
@@ -30,6 +32,7 @@ from tests.helpers.mistaken_methods import (
     ModuleMadeOnFirstUse,
     NotANumber,
     SomeNeighbours,
+    TermThatComesLater,
     TermWithoutWeight,
     ZeroAtFirst,
     line_of,
@@ -95,6 +98,16 @@ def test_a_method_may_need_many_images(cfg: DictConfig) -> None:
 
 def test_a_term_may_have_no_gradient_for_a_while(cfg: DictConfig) -> None:
     tried(cfg, ZeroAtFirst)
+
+
+def test_a_term_may_come_later(cfg: DictConfig) -> None:
+    tried(cfg, TermThatComesLater)
+
+
+def test_gradients_are_not_tried_before_a_fork(cfg: DictConfig) -> None:
+    with pytest.raises(UserError, match="modified by an inplace operation"):
+        tried(cfg, BrokenGradient)
+    tried(changed(cfg, trainer__strategy="ddp_fork"), BrokenGradient)
 
 
 def test_an_error_in_code_outside_of_the_project_is_named_with_its_full_path(
@@ -345,6 +358,17 @@ def test_random_views_have_the_shape_and_the_labels_of_training_images(cfg: Dict
 def test_the_trial_teacher_has_random_weights_even_if_there_is_a_file(cfg: DictConfig, tmp_path: Path) -> None:
     teacher = trial_teacher(changed(cfg, teacher__path=str(tmp_path / "missing.pth")), make_data(cfg))
     assert teacher.network.classifier_layer.out_features == 4
+
+
+def test_the_trial_teacher_has_a_last_layer_without_zeros(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def zero(*arguments: Any) -> Any:
+        teacher = make_untrained_teacher(*arguments)
+        teacher.network.classifier_layer.weight.data.zero_()
+        return teacher
+
+    monkeypatch.setattr(module, "make_untrained_teacher", zero)
+    composed = configure("method=kd", "serialization=serial", "serialization.start=teacher")
+    tried(changed(cfg, method=composed.method, serialization=composed.serialization))
 
 
 def test_a_program_is_loaded_because_it_cannot_be_made_again(cfg: DictConfig, tmp_path: Path) -> None:
