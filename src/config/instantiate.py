@@ -57,10 +57,8 @@ def bind(node: DictConfig, option: str, given: Collection[str]) -> functools.par
     The caller passes the arguments named in `given` later. Raises `UserError` as `instantiate` does, and if an argument
     is missing, or if the target does not take one of the caller's.
     """
-    target = find_target(node, option)
-    container: Any = OmegaConf.to_container(node, resolve=True)
-    options = validate_options(target, container, option, given=given)
-    names = options_of(target)
+    bound = bind_keys(node, option, given)
+    names = options_of(bound.func)
     for name in given:
         if names is not None and name not in names:
             raise UserError(
@@ -68,8 +66,15 @@ def bind(node: DictConfig, option: str, given: Collection[str]) -> functools.par
                 "project: name a function or a class that does."
             )
     if not node.get("_partial_"):
-        check_required(target, {*options, *given}, option)
-    return functools.partial(target, **options)
+        check_required(bound.func, {*bound.keywords, *given}, option)
+    return bound
+
+
+def bind_keys(node: DictConfig, option: str, given: Collection[str] = ()) -> functools.partial[Any]:
+    """Find the `_target_` of the node at `option`, and bind the node's keys to it. Other arguments may be missing."""
+    target = find_target(node, option)
+    container: Any = OmegaConf.to_container(node, resolve=True)
+    return functools.partial(target, **validate_options(target, container, option, given=given))
 
 
 def check_required(target: Any, given: Container[str], option: str) -> None:

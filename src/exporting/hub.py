@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from src.common.errors import UserError
 from src.common.files import write_text
-from src.config.instantiate import find_target, validate_options
+from src.config.instantiate import bind_keys
 from src.exporting.checking import Check, compare, predict_in_batches, refuse_mismatch
 from src.exporting.forms import Classifier, Form, import_extra
 from src.exporting.hub_card import readme
@@ -165,7 +165,7 @@ def preprocessing_of(metadata: dict[str, Any]) -> dict[str, Any]:
 def _network_options(node: DictConfig) -> dict[str, Any]:
     """Return the target of a network's node and its arguments, without the keys that only describe it."""
     container: Any = OmegaConf.to_container(node, resolve=True)
-    options = validate_options(find_target(node, "model.student"), container, "model.student", {"num_classes"})
+    options = bind_keys(node, "model.student", {"num_classes"}).keywords
     return {key: value for key, value in container.items() if key == "_target_" or key in options}
 
 

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from src.common.errors import UserError
 from src.config.instantiate import (
+    bind_keys,
     check_required,
     find_target,
     instantiate,
     instantiate_as,
     options_of,
     report_misfit,
-    validate_options,
 )
 from src.config.names import method_name
 from src.config.validation import validate
@@ -87,9 +87,7 @@ def make_prepare(node: DictConfig) -> Callable[[Path], Any]:
     Raises `UserError` if there is no such function, if its options are invalid, or if it cannot be called so.
     """
     option = "data.prepare"
-    target = find_target(node.prepare, option)
-    container: Any = OmegaConf.to_container(node.prepare, resolve=True)
-    prepare = functools.partial(target, **validate_options(target, container, option))
+    prepare = bind_keys(node.prepare, option)
     try:
         inspect.signature(prepare).bind(Path(node.root))
     except (TypeError, ValueError) as error:
