@@ -38,7 +38,8 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
     cfg.compile = False
     try:
         parts = copy.deepcopy(parts)
-        _check_student(parts.student.network, data)
+        blank = torch.zeros(2, *data.image_shape)
+        output = _check_student(parts.student.network, blank, data.num_classes)
         teacher = trial_teacher(cfg, data) if needs_teacher(cfg) else None
         distiller = make_distiller(cfg, data, parts, teacher)
         _check_monitors(cfg, distiller)
@@ -49,7 +50,7 @@ def dry_run(cfg: DictConfig, data: ImageData, parts: Parts) -> None:
             )
         most = IMAGES if max(data.image_shape) <= 64 else PHOTOS
         images = random_views(data, min(most, max(2, cfg.schedule.batch_size)))
-        _check_logits(distiller, data)
+        _check_logits(distiller, blank, output)
         for stage in distiller.method.stages():
             _try_stage(cfg, distiller.for_stage(stage), images, stage.epochs)
         _try_stage(cfg, distiller, images, cfg.trainer.max_epochs)
@@ -98,23 +99,25 @@ def _last(index: Tensor, count: int) -> Tensor:
     return index[max(0, len(index) - count) :]
 
 
-def _check_student(student: Network, data: ImageData) -> None:
-    """Raise `UserError` if the student does not return an `Output`, or not one logit for each class."""
-    output: object = student.forward_features(torch.zeros(2, *data.image_shape))
+def _check_student(student: Network, images: Tensor, classes: int) -> Output:
+    """Return the student's output. Raise `UserError` if it is no `Output`, or has not one logit for each class."""
+    output: object = student.forward_features(images)
     name = type(student).__name__
     if not isinstance(output, Output):
         raise UserError(f"forward_features of {name} returns {_kind(output)}: return an Output of src.models.network.")
-    if output.logits.shape != (2, data.num_classes):
+    if output.logits.shape != (len(images), classes):
         raise UserError(
-            f"{name} returns logits of shape {list(output.logits.shape)} for 2 images of {data.num_classes} classes: "
-            "give its last layer num_classes outputs."
+            f"{name} returns logits of shape {list(output.logits.shape)} for {len(images)} images of {classes} "
+            "classes: give its last layer num_classes outputs."
         )
+    return output
 
 
-def _check_logits(distiller: Distiller, data: ImageData) -> None:
-    """Raise `UserError` if the serialization layer or the predictor does not return one logit for each class."""
-    images = torch.zeros(2, *data.image_shape)
-    output = distiller.student.forward_features(images)
+def _check_logits(distiller: Distiller, images: Tensor, output: Output) -> None:
+    """Raise `UserError` if the serialization layer or the predictor does not return one logit for each class.
+
+    `output` is that of the student for the images.
+    """
     serialized: object = distiller.serialization(output.logits, output.pooled)
     predicted: object = distiller.method.predictor(distiller.student)(images)
     for name, logits in (("The serialization layer", serialized), ("The method's predictor", predicted)):
